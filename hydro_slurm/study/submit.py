@@ -1,0 +1,75 @@
+"""From a study file to a running study: its directory, and its Slurm job."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydro_slurm.clock import Clock, SystemClock
+from hydro_slurm.slurm import BatchRequest, SlurmClient
+from hydro_slurm.study.data_plane import describe
+from hydro_slurm.study.description import (
+    StudyRecord,
+    StudySettings,
+    create_study,
+    file_sha256,
+    recorded_environment,
+    studies_dir,
+)
+
+
+def prepare_study(
+    file: Path,
+    settings: StudySettings,
+    *,
+    name: str | None = None,
+    trials: int | None = None,
+    clock: Clock | None = None,
+) -> Path:
+    """Check a study file and create its study.
+
+    Args:
+        file: The study file.
+        settings: How it is to run.
+        name: Instead of the name in the file.
+        trials: Instead of the number of trials in the file.
+
+    Returns:
+        The study's directory.
+
+    Raises:
+        StudyError: The file cannot be used, or a study of that name exists.
+    """
+    file = file.absolute()
+    description = describe(file)
+    if trials is not None:
+        description = dataclasses.replace(description, trials=trials)
+    record = StudyRecord(
+        name=name or description.name,
+        file=str(file),
+        file_sha256=file_sha256(file),
+        description=dataclasses.replace(description, name=name or description.name),
+        settings=settings,
+        created_at_s=(clock or SystemClock()).wall_s(),
+        python=sys.executable,
+        environment=recorded_environment(),
+    )
+    directory = studies_dir() / record.name
+    create_study(record, directory)
+    return directory
+
+
+def submit_study(directory: Path, slurm: SlurmClient, sbatch_options: Sequence[str] = ()) -> int:
+    """Submit the job that runs a prepared study's controller. Returns the job id at once."""
+    return slurm.submit(
+        BatchRequest(
+            argv=[sys.executable, "-m", "hydro_slurm.cli.main", "study", "run", str(directory)],
+            name=f"hydro:{directory.name}",
+            comment=f"hydro:1 study={directory.name}",
+            output=directory / "controller.log",
+            extra_options=tuple(sbatch_options),
+            requeue=True,
+        )
+    )
