@@ -1,0 +1,16 @@
+"""Shrinks a user's model so that the best hyperparameters of the small one are the best of the large one."""
+
+from hydro_trials.surrogate.classify import Classification, classify
+from hydro_trials.surrogate.rules import ParamRule, param_rules
+from hydro_trials.surrogate.surrogate import Surrogate, build_seeded, check_readouts, make_surrogate
+
+__all__ = [
+    "Classification",
+    "ParamRule",
+    "Surrogate",
+    "build_seeded",
+    "check_readouts",
+    "classify",
+    "make_surrogate",
+    "param_rules",
+]

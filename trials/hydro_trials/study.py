@@ -1,0 +1,187 @@
+"""What a researcher writes: one `Study` at the top level of a Python file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from hydro_slurm.errors import StudyError
+from hydro_slurm.model import NAME_PATTERN
+from hydro_trials.hyperparameters import (
+    OPTIMIZER_DEFAULTS,
+    SCHEDULE_DEFAULTS,
+    check_value,
+    known_hyperparameters,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+SAMPLERS = ("tpe", "random")
+PRUNERS = ("successive_halving", "median", "none")
+DIRECTIONS = ("minimize", "maximize")
+RUNG_FACTOR = 3
+"""Each rung has this many times the steps of the one before it, where only their number is given."""
+
+
+def Float(low: float, high: float, *, log: bool = False, step: float | None = None) -> FloatDistribution:  # noqa: N802
+    """A number between `low` and `high`; `log` searches orders of magnitude evenly."""
+    return FloatDistribution(low, high, log=log, step=step)
+
+
+def Int(low: int, high: int, *, log: bool = False, step: int = 1) -> IntDistribution:  # noqa: N802
+    """A whole number between `low` and `high`, both included."""
+    return IntDistribution(low, high, log=log, step=step)
+
+
+def Categorical(choices: Sequence[bool | int | float]) -> CategoricalDistribution:  # noqa: N802
+    """One of a few values."""
+    return CategoricalDistribution(list(choices))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Training and validation samples, each a pair (inputs, targets) of tensors whose first dimension is the sample."""
+
+    train: tuple[Tensor, Tensor]
+    valid: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A search over optimizer hyperparameters of one model.
+
+    Raises:
+        StudyError: A field that cannot work; the message names it.
+    """
+
+    name: str
+    """Becomes part of file names and job names."""
+    build: Callable[[float], nn.Module]
+    """`build(width)` makes the model with its hidden widths multiplied by `width`; 1.0 is the target."""
+    data: Callable[[], Data]
+    """Loads the data; called once per process."""
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """`loss(output, target)` of one model: a scalar, the mean over samples."""
+    space: Mapping[str, BaseDistribution]
+    """What is searched: hyperparameter name to `Float`, `Int` or `Categorical`."""
+    batch_size: int
+    steps: int
+    """Optimizer steps of a trial that is never pruned."""
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] = field(default_factory=dict)
+    """`metric(output, target)` over the whole validation set: a scalar."""
+    objective: str = "valid.loss"
+    """`valid.loss`, or `valid.NAME` of one of the metrics."""
+    direction: str = "minimize"
+    optimizer: str = "adam"
+    """sgd, adam (weight decay is part of the gradient) or adamw (decoupled)."""
+    fixed: Mapping[str, float] = field(default_factory=dict)
+    """Hyperparameters that are not searched."""
+    schedule: str = "constant"
+    """constant, cosine or step."""
+    rungs: int | Sequence[int] = 4
+    """Steps after which a trial is evaluated and may be pruned, the last being `steps`; or how many such rungs."""
+    trials: int = 32
+    max_lanes: int = 8
+    """Most trials fused into one bundle."""
+    width_scale: float = 1.0
+    """S: how many times narrower than the target the trials' surrogate is."""
+    top_k: int = 3
+    """How many of the best configurations are verified on the target."""
+    seed: int = 0
+    sampler: str = "tpe"
+    pruner: str = "successive_halving"
+    parameter_kinds: Mapping[str, str] = field(default_factory=dict)
+    """Kinds (input, hidden, output, fixed) of parameters that `hydro_trials check` cannot tell by their shapes."""
+
+    def __post_init__(self) -> None:
+        self._check_choice("optimizer", tuple(OPTIMIZER_DEFAULTS))
+        self._check_choice("schedule", tuple(SCHEDULE_DEFAULTS))
+        self._check_choice("sampler", SAMPLERS)
+        self._check_choice("pruner", PRUNERS)
+        self._check_choice("direction", DIRECTIONS)
+        if not isinstance(self.name, str) or not NAME_PATTERN.fullmatch(self.name):
+            raise StudyError(f"Study.name: got {self.name!r}, needed letters, digits, '.', '_' or '-', at most 63")
+        for what in ("build", "data", "loss"):
+            if not callable(getattr(self, what)):
+                raise StudyError(f"Study.{what}: got {getattr(self, what)!r}, needed a function")
+        for what in ("batch_size", "steps", "trials", "max_lanes", "top_k"):
+            self._check_whole_number(what, 0 if what == "top_k" else 1)
+        self._check_whole_number("seed", 0)
+        if not isinstance(self.width_scale, (int, float)) or not 1 <= self.width_scale < math.inf:
+            raise StudyError(f"Study.width_scale: got {self.width_scale!r}, needed a number of 1 or more")
+        self._check_space()
+        self._check_objective()
+        self.rung_steps  # noqa: B018  # raises where the rungs cannot work
+
+    @property
+    def rung_steps(self) -> tuple[int, ...]:
+        """Steps of every rung, rising, the last one the whole budget."""
+        if isinstance(self.rungs, int) and not isinstance(self.rungs, bool):
+            if self.rungs < 1:
+                raise StudyError(f"Study.rungs: got {self.rungs}, needed 1 or more")
+            steps = {max(1, round(self.steps / RUNG_FACTOR**index)) for index in range(self.rungs)}
+            return tuple(sorted(steps))
+        rungs = tuple(self.rungs) if isinstance(self.rungs, Sequence) else ()
+        if (
+            not rungs
+            or not all(isinstance(rung, int) and rung > 0 for rung in rungs)
+            or list(rungs) != sorted(set(rungs))
+            or rungs[-1] != self.steps
+        ):
+            raise StudyError(
+                f"Study.rungs: got {self.rungs!r}, needed a number of rungs, or rising steps that end with "
+                f"steps={self.steps}"
+            )
+        return rungs
+
+    def _check_choice(self, what: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, what) not in choices:
+            raise StudyError(f"Study.{what}: got {getattr(self, what)!r}, needed one of {', '.join(choices)}")
+
+    def _check_whole_number(self, what: str, lowest: int) -> None:
+        value = getattr(self, what)
+        if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+            raise StudyError(f"Study.{what}: got {value!r}, needed a whole number of {lowest} or more")
+
+    def _check_space(self) -> None:
+        known = known_hyperparameters(self.optimizer, self.schedule)
+        if not isinstance(self.space, Mapping) or not self.space:
+            raise StudyError("Study.space: got nothing to search, needed at least one hyperparameter with its range")
+        for name, distribution in self.space.items():
+            self._check_known(f"space[{name!r}]", name, known)
+            if name in self.fixed:
+                raise StudyError(f"Study.space and Study.fixed both name {name!r}: remove one of them")
+            if not isinstance(distribution, BaseDistribution):
+                raise StudyError(f"Study.space[{name!r}]: got {distribution!r}, needed Float, Int or Categorical")
+            for value in _extremes(distribution):
+                check_value(name, value)
+        for name, value in self.fixed.items():
+            self._check_known(f"fixed[{name!r}]", name, known)
+            check_value(name, value)
+        if "lr" not in self.space and "lr" not in self.fixed:
+            raise StudyError("Study: no learning rate: name 'lr' in space or in fixed")
+
+    def _check_known(self, where: str, name: str, known: Sequence[str]) -> None:
+        if name not in known:
+            raise StudyError(
+                f"Study.{where}: unknown; optimizer {self.optimizer!r} with schedule {self.schedule!r} knows "
+                f"{', '.join(known)}"
+            )
+
+    def _check_objective(self) -> None:
+        choices = ["valid.loss", *(f"valid.{name}" for name in self.metrics)]
+        if "loss" in self.metrics:
+            raise StudyError("Study.metrics: 'loss' is the study's loss already; give the metric another name")
+        if self.objective not in choices:
+            raise StudyError(f"Study.objective: got {self.objective!r}, needed one of {', '.join(choices)}")
+
+
+def _extremes(distribution: BaseDistribution) -> list[Any]:
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    return [getattr(distribution, "low", 0), getattr(distribution, "high", 0)]
