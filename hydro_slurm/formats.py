@@ -123,6 +123,10 @@ def _decode(hint: Any, value: Any, origin: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         return _decode(next(a for a in arguments if a is not type(None)), value, origin)
+    if target is typing.Literal:
+        if value not in arguments:
+            raise FormatError(f"{origin}: got {value!r}, needed one of {', '.join(map(repr, arguments))}")
+        return value
     if target in (list, tuple):
         if not isinstance(value, list):
             raise FormatError(f"{origin}: got {type(value).__name__}, needed a list")

@@ -91,7 +91,7 @@ def place(demands: Sequence[Demand], slots: Sequence[Slot], bundles: Sequence[Ru
     slot_by_id = {slot.id: slot for slot in slots}
     finishes = tuple(
         Finish(bundle.id, "the guard has shut this slot")
-        for bundle in bundles
+        for bundle in sorted(bundles, key=lambda bundle: bundle.id)
         if not bundle.finishing and bundle.slot_id in slot_by_id and slot_by_id[bundle.slot_id].shut
     )
     leaving = {finish.bundle_id for finish in finishes}

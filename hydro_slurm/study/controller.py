@@ -14,7 +14,7 @@ from typing import TextIO
 from hydro_slurm import model
 from hydro_slurm.clock import Clock, SystemClock
 from hydro_slurm.daemon import Reconciler
-from hydro_slurm.errors import SlurmError, StudyError
+from hydro_slurm.errors import HydroError, SlurmError, StudyError
 from hydro_slurm.policy import Finish
 from hydro_slurm.slurm import CommandLineClient, SlurmClient
 from hydro_slurm.study.bundle_files import BundleFiles
@@ -67,8 +67,13 @@ class StudyController:
         """Run the study to its end, or until SIGTERM or SIGINT. Returns an exit status."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        self._pick_up()
-        self.loop.run(self._cycle_done)
+        try:
+            self._pick_up()
+            self.loop.run(self._cycle_done)
+        except HydroError as error:
+            self.loop.last_sentence = str(error)
+            self._publish("failed")
+            raise
         if self._stop_signal:
             self._leave()
             return 128 + self._stop_signal

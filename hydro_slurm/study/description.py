@@ -6,7 +6,7 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, Literal, Optional
 
 import optuna
 
@@ -28,7 +28,7 @@ class StudyDescription:
     """Hyperparameter name to the JSON text of an Optuna distribution."""
     fixed: dict[str, Any]
     objective: str
-    direction: str
+    direction: Literal["minimize", "maximize"]
     trials: int
     steps: int
     rungs: tuple[int, ...]
@@ -66,9 +66,7 @@ class StudySettings:
 
     def __post_init__(self) -> None:
         if self.own_allocation not in ("never", "when_no_host", "always"):
-            raise StudyError(
-                f"own_allocation must be never, when_no_host or always, got {self.own_allocation!r}; see --own-allocation"
-            )
+            raise StudyError(f"own_allocation must be never, when_no_host or always, got {self.own_allocation!r}")
         for name in ("bundle_mem_mib", "poll_s", "slurm_poll_s", "checkpoint_every_s"):
             if getattr(self, name) <= 0:
                 raise StudyError(f"{name} must be positive, got {getattr(self, name)}")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from hydro_slurm.errors import SlurmError, SlurmNotFoundError
 from hydro_slurm.model import BundleSpec
-from hydro_slurm.slurm import SlurmClient, StepProcess, StepRequest, launch_local
+from hydro_slurm.slurm import SlurmClient, StepProcess, StepRequest
+from hydro_slurm.study.local_process import LocalProcess
 from hydro_slurm.study.description import StudyRecord
 
 
@@ -26,7 +27,7 @@ class BundleLauncher:
         argv = self._argv(spec, directory)
         environment = {**self._record.environment, "PYTHONUNBUFFERED": "1"}
         if spec.slot.kind == "own":
-            return launch_local(argv, env=environment, output=directory / "log")
+            return LocalProcess(self.step_name(spec.bundle), argv, env=environment, output=directory / "log")
         return self._slurm.launch_step(
             StepRequest(
                 job_id=spec.slot.job_id,

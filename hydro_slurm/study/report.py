@@ -119,9 +119,7 @@ def _configuration(best: BestTrial) -> str:
 
 
 def _params(params: dict[str, Any]) -> str:
-    return " ".join(
-        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in params.items()
-    )
+    return " ".join(f"{name}={v:.4g}" if isinstance(v, float) else f"{name}={v}" for name, v in params.items())
 
 
 def as_plain(record: Any) -> dict[str, Any]:

@@ -45,8 +45,10 @@ class Search:
         self._live: dict[int, optuna.trial.Trial] = {}
         self._losses: Counter[int] = Counter()
         self._num_created = 0
+        self._reported: set[tuple[int, int]] = set()
         for frozen in self._study.get_trials(deepcopy=False):
             self._num_created += 1
+            self._reported.update((frozen.number, step) for step in frozen.intermediate_values)
             if not frozen.state.is_finished():
                 self._live[frozen.number] = optuna.trial.Trial(self._study, frozen._trial_id)
                 self._waiting.append(self._lane(frozen.number, frozen.params))
@@ -68,7 +70,7 @@ class Search:
 
     def take(self, count: int) -> list[LaneSpec]:
         """Up to `count` trials for a bundle: those that lost their lane first, then new ones from the sampler."""
-        lanes = []
+        lanes: list[LaneSpec] = []
         while len(lanes) < count and self.num_waiting:
             lane = self._waiting.popleft() if self._waiting else self._ask()
             self._running[lane.trial] = lane
@@ -167,7 +169,8 @@ class Search:
             self._end(number, DIVERGED if result.state != FAIL else FAIL, result.reason)
             return False
         step = result.step
-        if step not in self._study._storage.get_trial(trial._trial_id).intermediate_values:
+        if (number, step) not in self._reported:
+            self._reported.add((number, step))
             trial.report(result.value, step)
         if result.state == COMPLETE:
             self._end(number, COMPLETE, "", value=result.value)

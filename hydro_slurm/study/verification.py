@@ -104,7 +104,7 @@ class Verification:
             self._candidates.values(),
             key=lambda c: (
                 c.state != COMPLETE,
-                sign * (c.target_value if c.target_value is not None else 0.0),
+                sign * (c.target_value or 0.0),
                 c.trial,
             ),
         )
