@@ -212,7 +212,7 @@ class CommandLineClient:
             raise missing_command(str(error.filename)) from None
         except subprocess.TimeoutExpired:
             raise SlurmUnavailableError(
-                f"`{shlex.join(argv)}` did not answer within {self._timeout_s:g} s; is slurmctld up?"
+                f"`{_shown(argv)}` did not answer within {self._timeout_s:g} s; is slurmctld up?"
             ) from None
 
 
@@ -239,7 +239,7 @@ def _job(fields: list[str]) -> Job:
 
 
 def _error(argv: Sequence[str], returncode: int, stderr: str) -> SlurmError:
-    command = shlex.join(argv)
+    command = _shown(argv)
     if returncode == 127 and "No such file" in stderr:
         return missing_command(argv[0])
     if any(text in stderr for text in _UNAVAILABLE):
@@ -247,3 +247,8 @@ def _error(argv: Sequence[str], returncode: int, stderr: str) -> SlurmError:
     if any(text in stderr for text in _NOT_FOUND):
         return SlurmNotFoundError(f"`{command}`: {stderr.strip()}")
     return SlurmCommandError(argv, returncode, stderr)
+
+
+def _shown(argv: Sequence[str]) -> str:
+    """A command for people: without its output format."""
+    return shlex.join(argv[: argv.index("-o")] if "-o" in argv else argv)

@@ -129,7 +129,9 @@ class Testbed:
         self._update(guardian=guardian)
         write_configuration(self.state_dir, spec, self.name, list(self._record.ports))
         machines = (CONTROLLER, LOGIN, *self.nodes)
-        self._update(holders=start_holders(self.state_dir, self._record, machines, spec.expose))
+        holders = start_holders(self.state_dir, self._record, machines, spec.expose)
+        self._processes += holders.values()
+        self._update(holders={name: Process.of(holder.pid) for name, holder in holders.items()})
         self._daemons = Daemons(self.state_dir, self._record.holders, CONTROLLER)
         self._note_daemon("munged", self._daemons.start_munged(_left(deadline)))
         self._note_daemon("slurmctld", self._daemons.start_controller(self._record.ports[0], _left(deadline)))
@@ -146,7 +148,7 @@ class Testbed:
         creator = self._record.creator
         root = str(Path(__file__).parents[2])
         code = (
-            f"import sys; sys.path.insert(0, {root!r}); from hydro_slurm.testbed import guardian as g; g.main(sys.argv)"
+            f"import sys; sys.path.insert(0, {root!r}); from hydro_slurm.testbed.guardian import main; main(sys.argv)"
         )
         argv = [sys.executable, "-c", code, str(self.state_dir), str(creator.pid), str(creator.start_ticks)]
         child = spawn(argv, self.state_dir / "log" / "guardian.log")

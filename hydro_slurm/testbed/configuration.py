@@ -51,7 +51,7 @@ SlurmdTimeout=300
 BatchStartTimeout=20
 CompleteWait=0
 SchedulerType=sched/backfill
-SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 DefMemPerCPU={memory_per_cpu_mib}
 {gres_types}{nodes}
 PartitionName=train Nodes={names} Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
@@ -91,7 +91,7 @@ def write_configuration(state: Path, spec: TestbedSpec, name: str, ports: list[i
     (conf / "gres.conf").write_text("".join(_gres_lines(state / "dev", spec)))
     hosts = Path("/etc/hosts").read_text() if Path("/etc/hosts").exists() else ""
     names = " ".join([CONTROLLER, LOGIN, *spec.node_names])
-    (conf / "hosts").write_text(f"127.0.0.1 {names}\n{hosts}")
+    (conf / "hosts").write_text(f"{hosts}\n127.0.0.1 {names}\n")
 
 
 def _gres_lines(devices: Path, spec: TestbedSpec) -> list[str]:

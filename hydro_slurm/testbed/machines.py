@@ -32,7 +32,7 @@ class DaemonFailedError(TestbedError):
 
 def start_holders(
     state: Path, record: TestbedRecord, names: Sequence[str], expose: Sequence[Path]
-) -> dict[str, Process]:
+) -> dict[str, subprocess.Popen[bytes]]:
     """Make the namespaces of all named machines; return the process that holds each.
 
     Raises:
@@ -63,7 +63,7 @@ def start_holders(
         with os.fdopen(reader, "rb") as pipe:
             answer = pipe.read().decode(errors="replace")
         if answer == "ok":
-            holders[name] = Process.of(holder.pid)
+            holders[name] = holder
         else:
             holder.wait(_READY_TIMEOUT_S)
             failures.append(f"machine {name}: {answer or tail(log)}")

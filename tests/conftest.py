@@ -1,0 +1,44 @@
+"""Fixtures that need a real Slurm: one private cluster for the whole run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from hydro_slurm.testbed import Testbed, TestbedSpec
+
+NEEDED = ("slurmctld", "slurmd", "srun", "munged", "unshare", "nsenter", "setpriv")
+
+
+def need_slurm() -> None:
+    """Skip the test where no Slurm is installed; fail it where HYDRO_REQUIRE_SLURM=1 says that there must be one."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/sbin"])
+    missing = [name for name in NEEDED if shutil.which(name, path=path) is None]
+    if not missing:
+        return
+    reason = f"no real Slurm here: {', '.join(missing)} not installed"
+    if os.environ.get("HYDRO_REQUIRE_SLURM") == "1":
+        pytest.fail(f"{reason}, and HYDRO_REQUIRE_SLURM=1")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def slurm_installed() -> None:
+    """For tests that start a cluster of their own."""
+    need_slurm()
+
+
+@pytest.fixture(scope="session")
+def testbed(slurm_installed: None) -> Iterator[Testbed]:
+    """A private cluster of four nodes with two CPUs each, shared by all tests of this run: leave it as it was."""
+    with Testbed.up(TestbedSpec(nodes=4, cpus=2, memory_mib=4096), ephemeral=True) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def user(testbed: Testbed) -> str:
+    """The ordinary user, not root where there is a choice, who submits jobs in tests."""
+    return testbed.ordinary_user()
