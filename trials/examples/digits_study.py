@@ -3,11 +3,10 @@
 Trials train a network of width 64; the best three configurations are verified on the target of width 256.
 """
 
+import hydro_trials as hydro
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
-
-import hydro_trials as hydro
 
 TARGET_WIDTH = 256
 

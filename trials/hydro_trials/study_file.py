@@ -71,7 +71,13 @@ def describe_error(error: BaseException, path: Path | None = None) -> str:
         return f"{error.filename}:{error.lineno}: {what}"
     frames = traceback.extract_tb(error.__traceback__)
     folder = str(path.parent) if path else None
-    own = [f for f in frames if (f.filename.startswith(folder) if folder else "site-packages" not in f.filename)]
+    package = str(Path(__file__).parent)
+    own = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith((package, "<"))
+        and (frame.filename.startswith(folder) if folder else "site-packages" not in frame.filename)
+    ]
     return f"{own[-1].filename}:{own[-1].lineno}: {what}" if own else what
 
 

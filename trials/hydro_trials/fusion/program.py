@@ -88,7 +88,7 @@ class FusedProgram:
         self.module.eval()
         parts = []
         with _explain():
-            for x_B in x_N.split(chunk):
+            for x_B in torch.split(x_N, chunk):
                 x_FB = x_B.unsqueeze(0).expand(next(iter(parameters.values())).shape[0], *x_B.shape)
                 parts.append(self._outputs(dict(parameters), dict(buffers), x_FB))
                 self.check()
@@ -97,9 +97,7 @@ class FusedProgram:
     def _lane_output(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x_B: Tensor) -> Any:
         return functional_call(self.module, {**parameters, **buffers}, (x_B,))
 
-    def _lane_loss(
-        self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x_B: Tensor, y_B: Tensor
-    ) -> Tensor:
+    def _lane_loss(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x_B: Tensor, y_B: Tensor) -> Tensor:
         loss = self.loss(self._lane_output(parameters, buffers, x_B), y_B)
         if not isinstance(loss, Tensor):
             raise FusionError(f"the loss returned {type(loss).__name__}, needed a scalar tensor")
@@ -117,7 +115,7 @@ class FusedProgram:
         while _is_wrapped(inner):
             inner = _unwrap(inner)
         if inner.requires_grad:
-            inner.register_hook(self._in_backward)
+            inner.register_hook(self._in_backward)  # type: ignore[no-untyped-call]
         return None
 
     def _in_backward(self, gradient: Tensor) -> None:
@@ -138,7 +136,7 @@ class _Boundary(torch.autograd.Function):
         ctx.check = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         ctx.check()
         return gradient, None
 
@@ -156,10 +154,8 @@ def refuse_unfusable(module: nn.Module) -> None:
         FusionError: A module draws random numbers in its forward.
     """
     for name, part in module.named_modules():
-        if isinstance(part, nn.modules.dropout._DropoutNd):
-            probability = part.p
-        else:
-            probability = getattr(part, "dropout", 0.0)
+        name_of_probability = "p" if isinstance(part, nn.modules.dropout._DropoutNd) else "dropout"
+        probability = getattr(part, name_of_probability, 0.0)
         if isinstance(probability, (int, float)) and probability > 0:
             raise FusionError(
                 f"module {name or 'of the study'} ({type(part).__name__}) drops out with probability {probability:g}: "
@@ -179,7 +175,7 @@ def _explain() -> Iterator[None]:
                 "the model or its loss draws random numbers (functional dropout, noise) in forward: lanes have no "
                 "random generators of their own yet; remove it"
             ) from error
-        if ".item()" in message and "vmap" in message or "data-dependent control flow" in message:
+        if (".item()" in message and "vmap" in message) or "data-dependent control flow" in message:
             raise FusionError(
                 "the model or its loss decides by the values of a tensor (if, .item()) in forward, which differs from "
                 "lane to lane; use torch.where"

@@ -9,7 +9,7 @@ Shape suffixes: F = lanes, B = samples per lane, P = values per row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,6 +53,20 @@ class Lane:
         self.settings = LaneSettings(step, self.values)
 
 
+@dataclass
+class _Stack:
+    """Tensors with one row per lane."""
+
+    flat: Tensor
+    slots: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    finite: Tensor
+    """Whether all losses since the lane began were finite."""
+    num_finite: Tensor
+    """Steps up to the last finite loss."""
+    losses: Tensor
+
+
 class FusedTrainer:
     """Trains lanes that differ in hyperparameters, seed and progress.
 
@@ -71,14 +85,21 @@ class FusedTrainer:
         self.program = FusedProgram(self._template, study.loss, check)
         self.optimizer = FusedOptimizer(study.optimizer, study.schedule, num_steps, self.layout, surrogate.rules)
         self.lanes: list[Lane] = []
-        self._buffers = {name: tensor.unsqueeze(0)[:0] for name, tensor in self._constants(self._template).items()}
-        self._flat_FP = torch.zeros(0, self.layout.row_size, dtype=self.layout.dtype)
-        self._slots = {name: torch.zeros_like(self._flat_FP) for name in self.optimizer.slot_names}
-        self._finite_F = torch.ones(0, dtype=torch.bool)
-        self._num_finite_F = torch.zeros(0, dtype=torch.long)
-        self.losses_F = torch.zeros(0, dtype=self.layout.dtype)
         self._checked_readouts = False
-        self._relayout()
+        self._late: BaseException | None = None
+        self.torn = False
+        """Whether an update was broken off half way (out of memory): the lanes' state is no whole step."""
+        flat_FP = torch.zeros(0, self.layout.row_size, dtype=self.layout.dtype)
+        constants = self._constants(self._template)
+        empty = _Stack(
+            flat=flat_FP,
+            slots={name: torch.zeros_like(flat_FP) for name in self.optimizer.slot_names},
+            buffers={name: tensor.unsqueeze(0)[:0] for name, tensor in constants.items()},
+            finite=torch.ones(0, dtype=torch.bool),
+            num_finite=torch.zeros(0, dtype=torch.long),
+            losses=torch.zeros(0, dtype=self.layout.dtype),
+        )
+        self._install(empty, [])
 
     @property
     def trials(self) -> list[int]:
@@ -110,22 +131,29 @@ class FusedTrainer:
                 f"the checkpoint of trial {trial} holds optimizer state {', '.join(sorted(state.optimizer))}, "
                 f"needed {', '.join(slots)}; it was written by another optimizer"
             )
-        for name, stacked in self._buffers.items():
+        for name, stacked in self._stack.buffers.items():
             if name not in state.buffers or state.buffers[name].shape != stacked.shape[1:]:
-                raise FusionError(f"the checkpoint of trial {trial} has no fitting buffer {name}; is this another model?")
+                raise FusionError(
+                    f"the checkpoint of trial {trial} has no fitting buffer {name}; is this another model?"
+                )
         num_samples = len(self.data.train[0])
         stream = SampleStream(seed, num_samples, self.study.batch_size)
-        # Everything that can fail is done: from here on the lane is in.
-        self._flat_FP = torch.cat([self._flat_FP, row_P.unsqueeze(0)])
-        self._slots = {name: torch.cat([old, slots[name].unsqueeze(0)]) for name, old in self._slots.items()}
-        self._buffers = {
-            name: torch.cat([old, state.buffers[name].detach().unsqueeze(0)]) for name, old in self._buffers.items()
-        }
-        self._finite_F = torch.cat([self._finite_F, torch.ones(1, dtype=torch.bool)])
-        self._num_finite_F = torch.cat([self._num_finite_F, torch.tensor([state.step])])
-        self.losses_F = torch.cat([self.losses_F, torch.full((1,), torch.nan, dtype=self.losses_F.dtype)])
-        self.lanes.append(Lane(trial, seed, dict(values), stream, state.step))
-        self._relayout()
+        lane = Lane(trial, seed, dict(values), stream, state.step)
+        one = torch.ones(1, dtype=torch.bool)
+        self._install(
+            _Stack(
+                flat=torch.cat([self._stack.flat, row_P.unsqueeze(0)]),
+                slots={k: torch.cat([old, slots[k].unsqueeze(0)]) for k, old in self._stack.slots.items()},
+                buffers={
+                    k: torch.cat([old, state.buffers[k].detach().unsqueeze(0)])
+                    for k, old in self._stack.buffers.items()
+                },
+                finite=torch.cat([self._stack.finite, one]),
+                num_finite=torch.cat([self._stack.num_finite, one * state.step]),
+                losses=torch.cat([self._stack.losses, row_P.new_full((1,), torch.nan)]),
+            ),
+            [*self.lanes, lane],
+        )
 
     def drop(self, trials: Collection[int]) -> None:
         """Remove lanes; the others keep parameters, buffers, optimizer state and step."""
@@ -133,20 +161,25 @@ class FusedTrainer:
         if len(rows) == len(self.lanes):
             return
         kept = torch.tensor(rows, dtype=torch.long)
-        self._flat_FP = self._flat_FP.index_select(0, kept)
-        self._slots = {name: old.index_select(0, kept) for name, old in self._slots.items()}
-        self._buffers = {name: old.index_select(0, kept) for name, old in self._buffers.items()}
-        self._finite_F = self._finite_F.index_select(0, kept)
-        self._num_finite_F = self._num_finite_F.index_select(0, kept)
-        self.losses_F = self.losses_F.index_select(0, kept)
-        self.lanes = [self.lanes[row] for row in rows]
-        self._relayout()
+        old = self._stack
+        self._install(
+            _Stack(
+                flat=old.flat.index_select(0, kept),
+                slots={name: tensor.index_select(0, kept) for name, tensor in old.slots.items()},
+                buffers={name: tensor.index_select(0, kept) for name, tensor in old.buffers.items()},
+                finite=old.finite.index_select(0, kept),
+                num_finite=old.num_finite.index_select(0, kept),
+                losses=old.losses.index_select(0, kept),
+            ),
+            [self.lanes[row] for row in rows],
+        )
 
     def step(self) -> None:
         """One optimizer step of every lane."""
         x_FB, y_FB = self._batch()
         self.check()
-        buffers = {name: tensor.clone() for name, tensor in self._buffers.items()}
+        stack = self._stack
+        buffers = {name: tensor.clone() for name, tensor in stack.buffers.items()}
         losses_F, gradients = self.program.gradients(self._parameters, buffers, x_FB, y_FB)
         if not self._checked_readouts:
             check_readouts(self.surrogate, self._template)
@@ -154,15 +187,21 @@ class FusedTrainer:
         self.check()
         grad_FP = self._flatten(gradients)
         self.check()
+        self.torn = True
         self.optimizer.update(
-            self._flat_FP, grad_FP, self._slots, [lane.settings for lane in self.lanes], self._quiet_check
+            stack.flat, grad_FP, stack.slots, [lane.settings for lane in self.lanes], self._quiet_check
         )
-        self._buffers, self.losses_F = buffers, losses_F
-        self._finite_F &= losses_F.isfinite()
-        self._num_finite_F += self._finite_F
+        stack.buffers, stack.losses = buffers, losses_F
+        stack.finite &= losses_F.isfinite()
+        stack.num_finite += stack.finite
         for lane in self.lanes:
             lane.advance(lane.step + 1)
+        self.torn = False
         self._raise_late()
+
+    def loss(self, trial: int) -> float:
+        """The lane's loss on its last training batch; not a number before its first step here."""
+        return float(self._stack.losses[self.trials.index(trial)])
 
     def diverged(self, *, thorough: bool) -> dict[int, tuple[int, str]]:
         """Lanes that are no longer finite: trial to (last finite step, reason).
@@ -170,11 +209,11 @@ class FusedTrainer:
         Args:
             thorough: Look at parameters too, not only at the losses seen since the lane began.
         """
-        bad_F = ~self._finite_F
-        weights_F = ~self._flat_FP.isfinite().all(dim=1) if thorough else torch.zeros_like(bad_F)
+        bad_F = ~self._stack.finite
+        weights_F = ~self._stack.flat.isfinite().all(dim=1) if thorough else torch.zeros_like(bad_F)
         found = {}
         for row in (bad_F | weights_F).nonzero().flatten().tolist():
-            step = int(self._num_finite_F[row])
+            step = int(self._stack.num_finite[row])
             if bool(bad_F[row]):
                 reason = f"training loss was not finite at step {step + 1}"
             else:
@@ -187,7 +226,7 @@ class FusedTrainer:
         rows = [row for row, lane in enumerate(self.lanes) if lane.trial in trials]
         kept = torch.tensor(rows, dtype=torch.long)
         parameters = {name: tensor.detach().index_select(0, kept) for name, tensor in self._parameters.items()}
-        buffers = {name: tensor.index_select(0, kept) for name, tensor in self._buffers.items()}
+        buffers = {name: tensor.index_select(0, kept) for name, tensor in self._stack.buffers.items()}
         x_N, y_N = self.data.valid
         outputs_FN = self.program.outputs(parameters, buffers, x_N, self.study.batch_size)
         results: dict[int, dict[str, float]] = {}
@@ -205,15 +244,20 @@ class FusedTrainer:
         row = self.trials.index(trial)
         return LaneState(
             step=self.lanes[row].step,
-            parameters=self.layout.unpack(self._flat_FP[row]),
-            buffers={name: tensor[row].clone() for name, tensor in self._buffers.items()},
-            optimizer={name: self.layout.unpack(tensor[row]) for name, tensor in self._slots.items()},
+            parameters=self.layout.unpack(self._stack.flat[row]),
+            buffers={name: tensor[row].clone() for name, tensor in self._stack.buffers.items()},
+            optimizer={name: self.layout.unpack(tensor[row]) for name, tensor in self._stack.slots.items()},
         )
 
-    def state_bytes(self) -> int:
-        """Memory of all lanes' parameters, optimizer state and buffers, in bytes."""
-        tensors = [self._flat_FP, *self._slots.values(), *self._buffers.values()]
+    def step_bytes(self) -> int:
+        """Estimate of what a step of all lanes needs: their state, gradients twice over and two temporaries."""
+        stack = self._stack
+        tensors = [stack.flat, *stack.slots.values(), *stack.buffers.values(), *[stack.flat] * 4]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def set_check(self, check: Check) -> None:
+        """Have another gate asked at the boundaries."""
+        self.check = self.program.check = check
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         index = torch.cat([lane.stream.indices(lane.step) for lane in self.lanes])
@@ -231,15 +275,11 @@ class FusedTrainer:
                 pieces.append(gap)
         return torch.cat(pieces, dim=1)
 
-    def _relayout(self) -> None:
-        """Make the parameters' views and the zeros between their gradients anew, after rows have changed."""
-        views = self.layout.views(self._flat_FP)
-        self._parameters = {name: view.detach().requires_grad_() for name, view in views.items()}
-        num_lanes = len(self.lanes)
-        self._gaps = [
-            torch.zeros(num_lanes, size, dtype=self.layout.dtype) if size else None for size in self.layout.gaps()
-        ]
-        self._late: BaseException | None = None
+    def _install(self, stack: _Stack, lanes: list[Lane]) -> None:
+        """Put other rows in place, all at once: whatever can fail has been done before."""
+        views = {k: view.detach().requires_grad_() for k, view in self.layout.views(stack.flat).items()}
+        gaps = [stack.flat.new_zeros(len(lanes), size) if size else None for size in self.layout.gaps()]
+        self._stack, self.lanes, self._parameters, self._gaps, self.torn = stack, lanes, views, gaps, False
 
     def _constants(self, module: nn.Module) -> dict[str, Tensor]:
         """Buffers and frozen parameters: stacked like parameters, touched by no optimizer."""
@@ -258,5 +298,3 @@ class FusedTrainer:
         if self._late is not None:
             late, self._late = self._late, None
             raise late
-
-

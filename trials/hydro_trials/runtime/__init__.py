@@ -1,0 +1,1 @@
+"""Runs bundles: what happens around the training of lanes."""

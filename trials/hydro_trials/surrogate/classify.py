@@ -109,9 +109,7 @@ def _check_attention(target: nn.Module, surrogate: nn.Module) -> None:
                 )
 
 
-def _infinite_dims(
-    name: str, wide: tuple[int, ...], narrow: tuple[int, ...], width_scale: float
-) -> tuple[int, ...]:
+def _infinite_dims(name: str, wide: tuple[int, ...], narrow: tuple[int, ...], width_scale: float) -> tuple[int, ...]:
     if len(wide) != len(narrow):
         raise SurrogateError(f"parameter {name} has shape {wide} at width 1 and {narrow} at width 1/{width_scale:g}")
     infinite = tuple(dim for dim in range(len(wide)) if wide[dim] != narrow[dim])
@@ -135,9 +133,7 @@ def _roles_by_parameter(model: nn.Module) -> dict[str, list[tuple[nn.Module, str
     return roles
 
 
-def _kind_of(
-    name: str, module: nn.Module, own_name: str, shape: tuple[int, ...], infinite: tuple[int, ...]
-) -> str:
+def _kind_of(name: str, module: nn.Module, own_name: str, shape: tuple[int, ...], infinite: tuple[int, ...]) -> str:
     if not infinite:
         return "fixed"
     if len(infinite) > 2:

@@ -1,0 +1,75 @@
+"""`python -m hydro_trials VERB`: describe, check, profile a study file; train a bundle.
+
+Whatever the user's file prints goes to stderr: stdout carries the answer and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydro_slurm.errors import HydroError
+from hydro_slurm.log import set_up_logging
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    set_up_logging(arguments.verbose)
+    answer_descriptor = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        if arguments.verb == "train":
+            from hydro_trials.runtime.train import train
+
+            return train(arguments.bundle_dir.absolute())
+        text = _answer(arguments)
+    except HydroError as error:
+        message = " ".join(str(error).split())
+        os.write(2, f"hydro: {message}\n".encode())
+        return 1
+    with os.fdopen(answer_descriptor, "w", encoding="utf-8") as answer:
+        answer.write(text + "\n")
+    return 0
+
+
+def _answer(arguments: argparse.Namespace) -> str:
+    from hydro_trials.runtime.describe import describe_study
+
+    if arguments.verb == "describe":
+        return describe_study(arguments.file, as_json=arguments.json)
+    from hydro_trials.runtime.check import check_study
+    from hydro_trials.runtime.profile import profile_study
+
+    if arguments.verb == "check":
+        return check_study(arguments.file, as_json=arguments.json)
+    return profile_study(arguments.file, arguments.output, arguments.lanes, as_json=arguments.json)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m hydro_trials", description="The data plane of hydro_slurm.")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="log more; twice logs everything")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb, text in (
+        ("describe", "print what a study file defines"),
+        ("check", "build and shrink the model, train it for a moment, and say what it costs"),
+        ("profile", "measure memory and throughput at several fusion counts"),
+    ):
+        command = verbs.add_parser(verb, help=text, description=text)
+        command.add_argument("file", type=Path, help="the study file")
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+        if verb == "profile":
+            command.add_argument("--output", type=Path, help="file to write the profile to")
+            command.add_argument(
+                "--lanes", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="fusion counts to measure"
+            )
+    command = verbs.add_parser("train", help="train a bundle", description="Train the bundle in a directory.")
+    command.add_argument("bundle_dir", type=Path, help="directory that holds spec.json")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Tries a study file out: does it build, shrink, fuse and train, and what does a lane cost?"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from hydro_slurm.errors import HydroError, StudyError
+from hydro_trials.fusion import FusedTrainer
+from hydro_trials.runtime.gating import StandaloneGate
+from hydro_trials.runtime.sample_lanes import fill_trainer
+from hydro_trials.study import Study
+from hydro_trials.study_file import describe_error, load_data, load_study
+from hydro_trials.surrogate import Surrogate, make_surrogate
+
+FORMAT, VERSION = "hydro.study-check", 1
+NUM_STEPS = 8
+
+
+def check_study(file: Path, *, as_json: bool) -> str:
+    """Check the study in `file`; what was found as JSON, or as lines of text.
+
+    Raises:
+        HydroError: The first thing that does not work.
+    """
+    torch.set_num_threads(1)
+    study = load_study(file)
+    data = load_data(study)
+    surrogate = make_surrogate(study.build, study.width_scale, study.optimizer, parameter_kinds=study.parameter_kinds)
+    gate = StandaloneGate()
+    trainer = FusedTrainer(study, surrogate, data, study.steps, gate.check)
+    step_ms = _try_steps(file, study, trainer)
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": study.name,
+        "width_scale": float(study.width_scale),
+        "num_parameters": {"target": _count(surrogate, target=True), "surrogate": _count(surrogate, target=False)},
+        "parameters": {
+            name: {
+                "kind": parameter.kind,
+                "target_shape": list(parameter.target_shape),
+                "surrogate_shape": list(parameter.surrogate_shape),
+                "lr_factor": surrogate.rules[name].lr,
+                "weight_decay_factor": surrogate.rules[name].weight_decay,
+            }
+            for name, parameter in surrogate.classification.parameters.items()
+        },
+        "readouts": list(surrogate.classification.readouts),
+        "lanes": len(trainer.lanes),
+        "step_ms": round(step_ms, 3),
+        "quantum_p99_us": round(gate.quantum_p99_ns / 1e3, 1),
+        "memory_bytes": trainer.step_bytes(),
+    }
+    return json.dumps(document) if as_json else _to_text(document)
+
+
+def _try_steps(file: Path, study: Study, trainer: FusedTrainer) -> float:
+    """Train and evaluate a few lanes; returns the median time of a step in ms."""
+    try:
+        fill_trainer(trainer, study.max_lanes)
+        times_ms = []
+        for _ in range(NUM_STEPS):
+            began_s = time.perf_counter()
+            trainer.step()
+            times_ms.append((time.perf_counter() - began_s) * 1e3)
+        trainer.evaluate(trainer.trials[:1])
+    except HydroError:
+        raise
+    except Exception as error:
+        raise StudyError(f"training a step failed: {describe_error(error, file.absolute())}") from error
+    return statistics.median(times_ms)
+
+
+def _count(surrogate: Surrogate, *, target: bool) -> int:
+    parameters = surrogate.classification.parameters.values()
+    return sum(torch.Size(p.target_shape if target else p.surrogate_shape).numel() for p in parameters)
+
+
+def _to_text(document: dict[str, object]) -> str:
+    lines = []
+    for name, value in document.items():
+        if isinstance(value, dict) and name == "parameters":
+            lines.append("parameters:")
+            lines += [
+                f"  {key:<40} {entry['kind']:<7} {tuple(entry['target_shape'])} -> {tuple(entry['surrogate_shape'])} "
+                f"lr x {entry['lr_factor']:g}, decay x {entry['weight_decay_factor']:g}"
+                for key, entry in value.items()
+            ]
+        elif name not in ("format", "version"):
+            lines.append(f"{name}: {value}")
+    return "\n".join(lines)
