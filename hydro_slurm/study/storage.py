@@ -85,7 +85,8 @@ def make_sampler(name: str, seed: int, max_lanes: int) -> optuna.samplers.BaseSa
 def make_pruner(name: str, rungs: tuple[int, ...]) -> optuna.pruners.BasePruner:
     """The pruner that a study names."""
     if name == "successive_halving":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=rungs[0], reduction_factor=2)
+        factor = (rungs[-1] / rungs[0]) ** (1 / max(len(rungs) - 1, 1))
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=rungs[0], reduction_factor=max(2, round(factor)))
     if name == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=rungs[0] - 1)
     if name == "none":

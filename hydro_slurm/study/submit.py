@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hydro_slurm.clock import Clock, SystemClock
 from hydro_slurm.slurm import BatchRequest, SlurmClient
-from hydro_slurm.study.data_plane import describe
+from hydro_slurm.study.data_plane import describe, run_verb
 from hydro_slurm.study.description import (
     StudyRecord,
     StudySettings,
@@ -40,10 +40,12 @@ def prepare_study(
         The study's directory.
 
     Raises:
-        StudyError: The file cannot be used, or a study of that name exists.
+        StudyError: The file cannot be used, its model does not build, shrink or train a step, or a study of that
+            name exists.
     """
     file = file.absolute()
     description = describe(file)
+    run_verb("check", file)
     if trials is not None:
         description = dataclasses.replace(description, trials=trials)
     record = StudyRecord(
