@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 
 import pytest
 
 from hydro_slurm.testbed import Testbed, TestbedSpec
-
-NEEDED = ("slurmctld", "slurmd", "srun", "munged", "unshare", "nsenter", "setpriv")
+from hydro_slurm.testbed.machines import missing_programs
 
 
 def need_slurm() -> None:
     """Skip the test where no Slurm is installed; fail it where HYDRO_REQUIRE_SLURM=1 says that there must be one."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/sbin"])
-    missing = [name for name in NEEDED if shutil.which(name, path=path) is None]
+    missing = missing_programs()
     if not missing:
         return
     reason = f"no real Slurm here: {', '.join(missing)} not installed"

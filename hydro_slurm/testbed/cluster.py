@@ -23,7 +23,7 @@ from hydro_slurm.slurm.environment import scrubbed_environment
 from hydro_slurm.slurm.records import Node
 from hydro_slurm.testbed import record as records
 from hydro_slurm.testbed.configuration import CONTROLLER, LOGIN, write_configuration
-from hydro_slurm.testbed.machines import DaemonFailedError, Daemons, enter, spawn, start_holders
+from hydro_slurm.testbed.machines import DaemonFailedError, Daemons, enter, require_programs, spawn, start_holders
 from hydro_slurm.testbed.processes import Process, boot_id, wait_dead
 from hydro_slurm.testbed.record import TestbedRecord
 from hydro_slurm.testbed.spec import TestbedSpec, made_up_name
@@ -71,6 +71,7 @@ class Testbed:
         Raises:
             TestbedError: It cannot be started. Nothing of it is left then.
         """
+        require_programs()
         spec = spec or TestbedSpec()
         base = records.base_folder(spec.base)
         clean_stale(base)

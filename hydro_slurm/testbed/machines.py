@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from hydro_slurm.testbed import namespace
 from hydro_slurm.testbed.processes import Process
 from hydro_slurm.testbed.record import TestbedRecord
 
+NEEDED_PROGRAMS = ("slurmctld", "slurmd", "sinfo", "srun", "munged", "unshare", "nsenter", "setpriv")
 LOG_TAIL_LINES = 12
 _READY_TIMEOUT_S = 30.0
 
@@ -28,6 +30,29 @@ class DaemonFailedError(TestbedError):
     def __init__(self, message: str, log_tail: str) -> None:
         super().__init__(f"{message}; the end of its log:\n{log_tail}" if log_tail else message)
         self.log_tail = log_tail
+
+
+def missing_programs() -> list[str]:
+    """Programs that a testbed needs and this machine lacks."""
+    return [name for name in NEEDED_PROGRAMS if shutil.which(name, path=_search_path()) is None]
+
+
+def require_programs() -> None:
+    """Check that everything is installed.
+
+    Raises:
+        TestbedError: Something is not; it says what, and how to get it.
+    """
+    missing = missing_programs()
+    if missing:
+        raise TestbedError(
+            f"not installed: {', '.join(missing)}; on Debian: apt-get install slurmctld slurmd slurm-client munge "
+            "util-linux"
+        )
+
+
+def _search_path() -> str:
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 
 
 def start_holders(
@@ -82,28 +107,18 @@ def enter(holder: Process) -> list[str]:
 
 
 def spawn(argv: Sequence[str], log: Path, pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own, with its output in a log file.
-
-    Raises:
-        TestbedError: The program is not installed.
-    """
-    try:
-        with log.open("ab") as output:
-            return subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                cwd="/",
-                env=scrubbed_environment(),
-                pass_fds=pass_fds,
-                start_new_session=True,
-            )
-    except FileNotFoundError as error:
-        raise TestbedError(f"{error.filename} is not installed; on Debian: {INSTALL}") from None
-
-
-INSTALL = "apt-get install slurmctld slurmd slurm-client munge util-linux"
+    """Start a process in a session of its own, with its output in a log file."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd="/",
+            env={**scrubbed_environment(), "PATH": _search_path()},
+            pass_fds=pass_fds,
+            start_new_session=True,
+        )
 
 
 class Daemons:
@@ -124,7 +139,15 @@ class Daemons:
             "seed-file": folder / "seed",
             "log-file": self._state / "log" / "munged.log",
         }
-        argv = ["munged", "--foreground", "--num-threads=2", *(f"--{name}={path}" for name, path in options.items())]
+        # In a user namespace root's /tmp seems to belong to nobody, which munged refuses unless it is forced.
+        force = ["--force"] if os.geteuid() else []
+        argv = [
+            "munged",
+            "--foreground",
+            "--num-threads=2",
+            *force,
+            *(f"--{name}={path}" for name, path in options.items()),
+        ]
         return self._start("munged", self._controller, argv, lambda: _answers(folder / "socket"), timeout_s)
 
     def start_controller(self, port: int, timeout_s: float) -> Process:

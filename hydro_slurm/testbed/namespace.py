@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MARKER = Path("/run/hydro-testbed")
-"""Holds the testbed's uuid in every namespace of it: how a process is known to belong to it."""
+"""Holds the uuids of the testbeds that a namespace belongs to, outermost first: how a process is known to be ours."""
 
 MS_BIND, MS_MOVE, MS_REC, MS_PRIVATE = 1 << 12, 1 << 13, 1 << 14, 1 << 18
 MNT_DETACH = 2
@@ -48,8 +48,10 @@ def furnish(settings: dict[str, object]) -> None:
     assert isinstance(exposed, list)
     if os.geteuid() == 0:
         expose(Path(path) for path in exposed)
-    overlay(Path("/run"))
-    Path("/run/hydro").mkdir(mode=0o755, exist_ok=True)
+    # Inside another testbed: belong to that one as well, so that its end is ours.
+    outer = MARKER.read_text() if MARKER.exists() else ""
+    overlay(Path("/run"), leave_out=("hydro", MARKER.name))
+    Path("/run/hydro").mkdir(mode=0o755)
     mount_tmpfs(Path("/run/hydro"), "0755")
     conf = Path(str(settings["conf_dir"]))
     if Path("/etc/slurm").is_dir():
@@ -58,8 +60,9 @@ def furnish(settings: dict[str, object]) -> None:
         mount(conf / "hosts", Path("/etc/hosts"), flags=MS_BIND)
     name = str(settings["hostname"]).encode()
     _check(_libc.sethostname(name, len(name)), "sethostname")
-    MARKER.unlink(missing_ok=True)
-    MARKER.write_text(str(settings["uuid"]))
+    with contextlib.suppress(FileNotFoundError):
+        ASIDE.rmdir()
+    MARKER.write_text(f"{outer}{settings['uuid']}\n")
     MARKER.chmod(0o644)
 
 
@@ -128,18 +131,21 @@ def _hide(closed: Path, order: list[Path], links: dict[Path, str]) -> None:
     for number, path in enumerate(tops):
         make_target(path, ASIDE / str(number))
         mount(ASIDE / str(number), path, flags=MS_MOVE)
+        _remove_target(ASIDE / str(number))
     for link, target in links.items():
         if closed in link.parents and not link.is_symlink() and not any(top in link.parents for top in tops):
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(target)
 
 
-def overlay(directory: Path) -> None:
+def overlay(directory: Path, leave_out: Sequence[str] = ()) -> None:
     """Put a tmpfs that everybody may read over `directory`, with its entries bound (or, links, copied) into it."""
     aside = ASIDE / "whole"
     put_aside(directory, aside)
     mount_tmpfs(directory, "0755")
     for entry in sorted(aside.iterdir()):
+        if entry.name in leave_out:
+            continue
         target = directory / entry.name
         with contextlib.suppress(FileNotFoundError):  # gone in the meantime
             if entry.is_symlink():
@@ -148,6 +154,7 @@ def overlay(directory: Path) -> None:
                 make_target(target, entry)
                 mount(entry, target, flags=MS_BIND | MS_REC)
     _check(_libc.umount2(bytes(aside), MNT_DETACH), f"unmounting {aside}")
+    aside.rmdir()
 
 
 def put_aside(path: Path, aside: Path) -> None:
@@ -162,6 +169,13 @@ def make_target(target: Path, like: Path) -> None:
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.touch()
+
+
+def _remove_target(target: Path) -> None:
+    if target.is_dir():
+        target.rmdir()
+    else:
+        target.unlink()
 
 
 def mount_tmpfs(target: Path, mode: str) -> None:

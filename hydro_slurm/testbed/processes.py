@@ -60,7 +60,7 @@ def members(uuid: str) -> list[Process]:
         if not process.start_ticks or space in ("", own):
             continue
         # A process may have a root of its own (chroot), so only a "yes" is good for the whole namespace.
-        if verdicts.get(space) or _marker(entry) == uuid:
+        if verdicts.get(space) or uuid in _marker(entry):
             verdicts[space] = True
             found.append(process)
     return found
@@ -70,8 +70,10 @@ def kill_members(uuid: str, *, first: list[Process], grace_s: float = 1.0, timeo
     """End all processes of a testbed: `first` by SIGTERM with a grace time, then every one by SIGKILL.
 
     Raises:
-        TestbedError: Some are still there after the timeout.
+        TestbedError: Some are still there after the timeout, or the caller is one of them.
     """
+    if uuid in _marker("self"):
+        raise TestbedError("this command runs inside the testbed that it shall end; run it outside")
     for process in first:
         process.send(signal.SIGTERM)
     wait_dead(first, grace_s)
@@ -105,11 +107,11 @@ def _mount_namespace(pid: str) -> str:
         return ""
 
 
-def _marker(pid: str) -> str:
+def _marker(pid: str) -> list[str]:
     try:
-        return Path(f"/proc/{pid}/root/{_MARKER_BELOW}").read_text()
+        return Path(f"/proc/{pid}/root/{_MARKER_BELOW}").read_text().split()
     except (OSError, UnicodeDecodeError):
-        return ""
+        return []
 
 
 def _start_ticks(pid: int) -> int | None:
