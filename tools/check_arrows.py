@@ -43,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
 """For each part of hydro_slurm, the other parts that it may import."""
 
 FOREIGN_ARROWS: dict[str, set[str]] = {
-    "hydro_trials": _BASE | {"gate"},
+    "hydro_trials": _BASE | {"gate", "log"},
     "hydro_sim": {"policy", "model", "formats", "config", "clock", "errors"},
 }
 """For the two other packages, the parts of hydro_slurm that they may import. They never import each other."""

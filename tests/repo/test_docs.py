@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 from pathlib import Path
 
 import check_docs
@@ -101,8 +102,18 @@ class Point:
 PAGE = "Points:\n\n<!-- record Point -->\nold\n<!-- end -->\n\nThe end.\n"
 
 
+LAYOUT = """
+RECORD_OFFSET = 136
+FIELDS = (Field("a", "uint32_t", "first"), Field("b", "int32_t", "second"), Field("c", "int64_t", "third"))
+"""
+
+
+def renewed(page: str, source: str) -> str:
+    return format_tables.renewed(page, format_tables.records_in([source]), ast.parse(LAYOUT))
+
+
 def test_table_holds_every_field_with_its_meaning() -> None:
-    assert format_tables.renewed(PAGE, RECORD) == (
+    assert renewed(PAGE, RECORD) == (
         "Points:\n\n<!-- record Point -->\n"
         '`"format": "hydro.point", "version": 2`\n\n'
         "| field | type | default | meaning |\n| --- | --- | --- | --- |\n"
@@ -112,11 +123,26 @@ def test_table_holds_every_field_with_its_meaning() -> None:
     )
 
 
+def test_table_of_a_shared_page_counts_offsets() -> None:
+    table = renewed("<!-- page FIELDS -->\n<!-- end -->", "").splitlines()
+    assert table[3:6] == [
+        "| 136 | `a` | `uint32_t` | first |",
+        "| 140 | `b` | `int32_t` | second |",
+        "| 144 | `c` | `int64_t` | third |",
+    ]
+
+
 def test_record_without_a_table_is_refused() -> None:
     with pytest.raises(ValueError, match="records without a table: \\['Point'\\]"):
-        format_tables.renewed("nothing", RECORD)
+        renewed("nothing", RECORD)
+
+
+def test_record_that_is_nested_in_another_needs_its_table_too() -> None:
+    source = RECORD + "    inner: tuple[Inner, ...] = ()\n\n@dataclass\nclass Inner:\n    y: int\n"
+    with pytest.raises(ValueError, match="records without a table: \\['Inner'\\]"):
+        renewed(PAGE, source)
 
 
 def test_table_without_a_record_is_refused() -> None:
     with pytest.raises(ValueError, match="tables without a record: \\['Point'\\]"):
-        format_tables.renewed(PAGE, "")
+        renewed(PAGE, "")
