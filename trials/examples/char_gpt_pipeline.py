@@ -131,7 +131,7 @@ def batches(text_N: Tensor, batch_size: int, seq_len: int, seed: int) -> Iterato
         yield snippets[:, :-1].contiguous(), snippets[:, 1:].contiguous()
 
 
-def connect(rendezvous: str | None) -> None:
+def connect(rendezvous: str | None) -> Path:
     """Join the other ranks through a file that all of them see: no port to agree on, none to collide."""
     environ = os.environ
     run = ".".join(environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
@@ -142,13 +142,11 @@ def connect(rendezvous: str | None) -> None:
     if len(hosts) == 1:
         environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", store=store, rank=RANK, world_size=WORLD_SIZE)
-    dist.barrier()
-    if RANK == 0:
-        path.unlink(missing_ok=True)
     environ.update(RANK=str(RANK), WORLD_SIZE=str(WORLD_SIZE), LOCAL_RANK=environ.get("SLURM_LOCALID", str(RANK)))
     environ.setdefault("MASTER_ADDR", "127.0.0.1")  # DeepSpeed wants to see them; nobody connects to them
     environ.setdefault("MASTER_PORT", "0")
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    return path
 
 
 def build_engine(options: argparse.Namespace, vocabulary: int) -> Any:
@@ -183,14 +181,17 @@ class Plan:
         unknown = sorted(set(self.arms) - set(ARM_MODES))
         if unknown:
             raise SystemExit(f"--arms: got {', '.join(unknown)}, needed some of {', '.join(ARM_MODES)}")
-        self._random, self._round = random.Random(seed), list[str]()
+        self._random, self._left = random.Random(seed), list[str]()
+        self.round = -1
+        """Number of the round that the latest arm belongs to; -1 before the first."""
 
     def next_arm(self) -> str:
         if not self.arms:
             return "bubbles"
-        if not self._round:
-            self._round = self._random.sample(self.arms, len(self.arms))
-        return self._round.pop()
+        if not self._left:
+            self._left = self._random.sample(self.arms, len(self.arms))
+            self.round += 1
+        return self._left.pop()
 
 
 class HostJob:
@@ -204,7 +205,7 @@ class HostJob:
         characters = sorted(set(text))
         index = {character: number for number, character in enumerate(characters)}
         self.text_N = torch.tensor([index[character] for character in text])
-        connect(options.rendezvous)
+        self.meeting_file = connect(options.rendezvous)
         self.engine = build_engine(options, len(characters))
         self.data = batches(self.text_N, options.micro_batch_size, options.seq_len, options.seed)
         self.plan = Plan(options.arms, options.seed)
@@ -293,7 +294,14 @@ class HostJob:
             }
             for one in self.iterations
         ]
-        line = {"arm": arm, "block": block, "start_ns": start_ns, "end_ns": end_ns, "iterations": iterations}
+        line = {
+            "arm": arm,
+            "block": block,
+            "round": self.plan.round,
+            "start_ns": start_ns,
+            "end_ns": end_ns,
+            "iterations": iterations,
+        }
         with (self.options.timeline_dir / f"blocks.{RANK}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -302,6 +310,8 @@ class HostJob:
             self.attachment.close()
         dist.barrier()
         dist.destroy_process_group()
+        if RANK == 0:
+            self.meeting_file.unlink(missing_ok=True)
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:

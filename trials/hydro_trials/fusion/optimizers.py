@@ -19,7 +19,7 @@ from hydro_trials.fusion.layout import FlatLayout
 from hydro_trials.hyperparameters import lr_multiplier
 from hydro_trials.surrogate.rules import ParamRule
 
-SEGMENT_VALUES = 1 << 18
+SEGMENT_VALUES = 1 << 16
 """A longer matrix is updated in several pieces with a boundary between them."""
 
 SLOTS: dict[str, tuple[str, ...]] = {

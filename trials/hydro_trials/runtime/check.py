@@ -13,6 +13,7 @@ from hydro_slurm.errors import HydroError, StudyError
 from hydro_trials.fusion import FusedTrainer
 from hydro_trials.runtime.gating import StandaloneGate
 from hydro_trials.runtime.sample_lanes import fill_trainer
+from hydro_trials.runtime.startup import keep_freed_memory
 from hydro_trials.study import Study
 from hydro_trials.study_file import describe_error, load_data, load_study
 from hydro_trials.surrogate import Surrogate, make_surrogate
@@ -28,6 +29,7 @@ def check_study(file: Path, *, as_json: bool) -> str:
         HydroError: The first thing that does not work.
     """
     torch.set_num_threads(1)
+    keep_freed_memory()
     study = load_study(file)
     data = load_data(study)
     surrogate = make_surrogate(study.build, study.width_scale, study.optimizer, parameter_kinds=study.parameter_kinds)

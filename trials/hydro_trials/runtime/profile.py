@@ -16,6 +16,7 @@ from hydro_slurm.formats import write_text_atomic
 from hydro_trials.fusion import FusedTrainer
 from hydro_trials.runtime.gating import StandaloneGate
 from hydro_trials.runtime.sample_lanes import fill_trainer
+from hydro_trials.runtime.startup import keep_freed_memory
 from hydro_trials.study_file import load_data, load_study
 from hydro_trials.surrogate import make_surrogate
 
@@ -35,6 +36,7 @@ def profile_study(file: Path, output: Path | None, lanes: list[int], *, as_json:
     if not lanes or min(lanes) < 1:
         raise StudyError(f"--lanes: got {lanes}, needed fusion counts of 1 or more")
     torch.set_num_threads(1)
+    keep_freed_memory()
     study = load_study(file)
     data = load_data(study)
     surrogate = make_surrogate(study.build, study.width_scale, study.optimizer, parameter_kinds=study.parameter_kinds)

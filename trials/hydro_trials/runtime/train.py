@@ -16,7 +16,7 @@ from hydro_slurm.errors import GateGoneError, HydroError
 from hydro_slurm.model import BundleSpec
 from hydro_trials.runtime.bundle_dir import BundleDir
 from hydro_trials.runtime.gating import BundleGate, StandaloneGate
-from hydro_trials.runtime.startup import bind_to_cpus, run_yielding
+from hydro_trials.runtime.startup import bind_to_cpus, keep_freed_memory, run_yielding
 
 if TYPE_CHECKING:
     from hydro_trials.runtime.worker import BundleWorker
@@ -36,6 +36,7 @@ def train(directory: Path) -> int:
     num_threads = max(1, len(spec.slot.device.cpus))
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
     bind_to_cpus(spec.slot.device.cpus)
+    keep_freed_memory()
     try:
         gate = BundleGate(StandaloneGate(clock))
         signal.signal(signal.SIGTERM, gate.on_signal)
