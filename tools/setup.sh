@@ -16,8 +16,14 @@ policy_mark='# made by hydro_slurm tools/setup.sh'
 
 # Jobs of other users than the one who installs must be able to read what is installed.
 umask 022
-# Debian keeps daemons in sbin, which an ordinary user's PATH lacks.
-export PATH=$PATH:/usr/sbin:/sbin
+# The virtual environment is not made of itself, even when it is active. Debian keeps daemons in sbin, which an ordinary
+# user's PATH lacks.
+PATH=:$PATH:
+while [[ $PATH == *":$venv/bin:"* ]]; do
+    PATH=${PATH//":$venv/bin:"/:}
+done
+PATH=${PATH#:}/usr/sbin:/sbin
+export PATH
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() {
