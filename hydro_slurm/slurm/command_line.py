@@ -144,10 +144,10 @@ class CommandLineClient:
         argv = ["scancel", *options, target]
         done = self._complete(argv)
         error = "\n".join(line for line in done.stderr.splitlines() if "error:" in line)
-        if not error or any(text in error for text in _ENDED):
+        if any(text in error for text in _ENDED) or not (error or done.returncode):
             return
         try:
-            raise _error(argv, done.returncode, error)
+            raise _error(argv, done.returncode, error or done.stderr)
         except SlurmNotFoundError:
             if not step_id and not signal:
                 raise

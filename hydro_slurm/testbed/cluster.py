@@ -186,6 +186,11 @@ class Testbed:
         return self._record.name
 
     @property
+    def caller(self) -> str:
+        """The user who runs this process, and as whom commands run unless another is named."""
+        return pwd.getpwuid(os.geteuid()).pw_name
+
+    @property
     def nodes(self) -> tuple[str, ...]:
         """The nodes' names."""
         return self._record.nodes
@@ -217,7 +222,7 @@ class Testbed:
         version = ""
         nodes: tuple[Node, ...] = ()
         try:
-            client = self.client()
+            client = self.client(timeout_s=3.0)
             nodes, version = tuple(client.nodes()), client.version()
         except SlurmError:
             pass
@@ -306,7 +311,7 @@ class Testbed:
     def ordinary_user(self) -> str:
         """Somebody who is not root: when root, $SUDO_USER or `nobody`; else the caller."""
         if os.geteuid() != 0:
-            return pwd.getpwuid(os.geteuid()).pw_name
+            return self.caller
         name = os.environ.get("SUDO_USER", "")
         with contextlib.suppress(KeyError):
             if pwd.getpwnam(name).pw_uid != 0:

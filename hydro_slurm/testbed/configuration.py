@@ -107,7 +107,7 @@ def _gres_lines(devices: Path, spec: TestbedSpec) -> list[str]:
         else:
             stem = f"{devices}/{item.name}"
             for number in numbers:
-                Path(f"{stem}{number}").touch(mode=0o666)
+                Path(f"{stem}{number}").symlink_to("/dev/null")  # slurmd wants a device, and only looks at it
         span = f"[{first}-{numbers[-1]}]" if item.count > 1 else str(first)
         kind = f"Type={item.kind} " if item.kind else ""
         lines.append(f"NodeName={','.join(spec.node_names)} Name={item.name} {kind}File={stem}{span}\n")
