@@ -19,9 +19,10 @@ from hydro_slurm.errors import FormatError
 FORMAT, VERSION = "hydro.timeline", 1
 
 KINDS = frozenset(
-    {"forward", "backward", "step", "gap", "open", "close", "quantum", "pause", "resume", "control"},
+    {"forward", "backward", "step", "gap", "open", "close", "quantum", "pause", "resume", "control", "iteration"},
 )
-"""What an event may be: the host's compute and gaps, the gate's states, a bundle's quanta."""
+"""What an event may be: the host's compute and gaps, the gate's states, a bundle's quanta, whole iterations of the host
+(control: one that kept all gates closed)."""
 
 OPTIONAL_FIELDS = ("stage", "iteration", "microbatch", "lanes", "num_steps", "num_quanta")
 MAX_LINE_BYTES = 4096
@@ -56,6 +57,8 @@ class TimelineEvent:
     num_steps: Optional[int] = None
     """Optimizer steps that a bundle finished in this run of quanta."""
     num_quanta: Optional[int] = None
+    mode: Optional[str] = None
+    """On iterations: bubbles, closed, or open (see `hooks.reporter`)."""
 
     @property
     def end_ns(self) -> int:
@@ -112,13 +115,14 @@ class TimelineWriter:
         lanes: Optional[int] = None,
         num_steps: Optional[int] = None,
         num_quanta: Optional[int] = None,
+        mode: Optional[str] = None,
     ) -> None:
         """Record one event; no input or output happens here."""
         if self.num_events >= self.max_events:
             self.num_dropped += 1
             return
         self.num_events += 1
-        self._pending.append((t_ns, dur_ns, kind, stage, iteration, microbatch, lanes, num_steps, num_quanta))
+        self._pending.append((t_ns, dur_ns, kind, stage, iteration, microbatch, lanes, num_steps, num_quanta, mode))
 
     def flush(self) -> int:
         """Append what was recorded since the last flush; returns the number of events written."""
@@ -203,7 +207,8 @@ def _to_event(line: bytes, origin: str) -> TimelineEvent:
     if dur_ns < 0:
         raise FormatError(f"{origin}: dur_ns: got {dur_ns}, needed 0 or more")
     optional = {name: _take(document, name, int, origin) for name in OPTIONAL_FIELDS if document.get(name) is not None}
-    return TimelineEvent(_take(document, "t_ns", int, origin), dur_ns, kind, **optional)
+    mode = None if document.get("mode") is None else _take(document, "mode", str, origin)
+    return TimelineEvent(_take(document, "t_ns", int, origin), dur_ns, kind, **optional, mode=mode)
 
 
 def _to_line(event: tuple[Any, ...]) -> str:
