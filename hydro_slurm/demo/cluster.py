@@ -66,17 +66,19 @@ class DemoCluster:
         self.paths = DemoPaths(Path(testbed.shared_dir) / "demo")
         self.client: CommandLineClient = testbed.client(user=user)
         self.study_name = "digits"
+        self._extensions: dict[str, str] = {}
         self._run_as_user(["mkdir", "-p", str(self.paths.home), str(self.paths.records)])
+        self._take_along_extensions()
 
     @property
     def environment(self) -> dict[str, str]:
         """What both jobs are given."""
-        kept = {name: os.environ[name] for name in ("TORCH_EXTENSIONS_DIR",) if name in os.environ}
         return {
-            **kept,
+            **self._extensions,
             "HOME": str(self.paths.home),
             "HYDRO_HOME": str(self.paths.home / ".hydro"),
-            "PATH": os.environ.get("PATH", os.defpath),
+            # First our own: the extension was built by the ninja of this environment, another would build it anew.
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
         }
@@ -147,6 +149,14 @@ class DemoCluster:
                 lines = path.read_text(errors="replace").splitlines()[-12:]
                 parts.append(f"--- {path.name}\n" + "\n".join(lines))
         return "\n".join(parts)
+
+    def _take_along_extensions(self) -> None:
+        """Give the user a copy of DeepSpeed's compiled extension: loading it locks a file in its folder."""
+        built = os.environ.get("TORCH_EXTENSIONS_DIR")
+        if built and Path(built).is_dir():
+            own = self.paths.root / "torch_extensions"
+            self._run_as_user(["cp", "-r", "--preserve=timestamps,mode", built, str(own)])
+            self._extensions = {"TORCH_EXTENSIONS_DIR": str(own)}
 
     def _run_as_user(self, argv: list[str]) -> str:
         done = self.testbed.run(argv, user=self.user, env=self.environment, check=False, timeout_s=300)

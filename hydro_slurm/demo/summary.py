@@ -24,16 +24,16 @@ from hydro_slurm.study.bundle_files import BundleFiles
 from hydro_slurm.study.report import StudySummary
 
 
-def read_records(cluster: DemoCluster) -> list[RankRecord]:
+def read_records(cluster: DemoCluster, host_job_id: int) -> list[RankRecord]:
     """What the host's ranks and the bundles on their slots recorded."""
     bundles = [BundleFiles(path) for path in sorted((cluster.study_dir / "bundles").iterdir())]
     specs: list[tuple[BundleSpec, Path]] = [(bundle.spec(), bundle.directory / "timeline.jsonl") for bundle in bundles]
+    nodes = cluster.client.job(host_job_id).nodes
     records = []
     for rank in range(NUM_STAGES):
         blocks = cluster.paths.records / f"blocks.{rank}.jsonl"
-        timeline = cluster.paths.records / f"timeline.{rank}.jsonl"
-        node = f"n{rank + 1}"
-        mine = [path for spec, path in specs if spec.slot.node == node and path.exists()]
+        (timeline,) = cluster.paths.records.glob(f"host.{host_job_id}.{nodes[rank]}.*.jsonl")
+        mine = [path for spec, path in specs if spec.slot.node == nodes[rank] and path.exists()]
         records.append(read_rank(blocks, timeline, mine))
     return records
 
@@ -46,7 +46,7 @@ def make_summary(
     Raises:
         FormatError: Too little was recorded to measure anything.
     """
-    records = read_records(cluster)
+    records = read_records(cluster, host_job_id)
     blocks = records[0].blocks
     alone = [position for position, block in enumerate(blocks) if block.arm == "alone"]
     slow = {arm: slowdown(records, arm) for arm in ("bubbles", "colocated")}
