@@ -56,7 +56,7 @@ def build_cnn(width: float) -> nn.Module:
 
 
 def make_trainer(
-    study: hydro.Study, data: hydro.Data, check: Callable[[], None] = lambda: None, scale: float = 1.0
+    study: hydro.Study, data: hydro.Data, check: Callable[[int], None] = lambda site: None, scale: float = 1.0
 ) -> FusedTrainer:
     return FusedTrainer(study, make_surrogate(study.build, scale, study.optimizer), data, study.steps, check)
 
@@ -296,7 +296,7 @@ def test_a_step_that_is_broken_off_at_any_boundary_can_be_done_again(
     steady = make_trainer(study, data)
     countdown = [-1]
 
-    def check() -> None:
+    def check(site: int) -> None:
         countdown[0] -= 1
         if countdown[0] == 0:
             raise InterruptionError
@@ -331,7 +331,7 @@ def test_an_interruption_inside_the_update_waits_until_the_update_is_whole(
     study = make_study(build=build)
     armed = [False]
 
-    def check() -> None:
+    def check(site: int) -> None:
         if armed[0]:
             raise InterruptionError
 
@@ -364,7 +364,7 @@ def test_checks_fire_at_every_module_forward_and_backward(
     module = build_mlp(1.0)
     num_calls = [0]
 
-    def check() -> None:
+    def check(site: int) -> None:
         num_calls[0] += 1
 
     program = FusedProgram(module, nn.functional.cross_entropy, check, use_unwrap=use_unwrap)

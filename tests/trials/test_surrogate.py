@@ -237,7 +237,7 @@ def test_a_tied_readout_must_be_called_as_a_module(make_study: MakeStudy, data: 
         study = make_study(build=lambda width, call=call_head: Tied(width, call_head=call), width_scale=4)
         surrogate = make_surrogate(study.build, 4, "adam")
         assert surrogate.classification.readouts == ("head",)
-        trainer = FusedTrainer(study, surrogate, data, 10, lambda: None)
+        trainer = FusedTrainer(study, surrogate, data, 10, lambda site: None)
         trainer.admit(0, 0, resolve_hyperparameters("adam", "constant", {}, values))
         if call_head:
             trainer.step()
@@ -302,7 +302,7 @@ def test_factors_apply_whatever_the_lanes_learning_rates_are(
     """With all learning rates alike, and with a single lane, Adam's first step is lr times the factor everywhere."""
     study = make_study(optimizer="adam", width_scale=4, fixed={"eps": 0.0})
     surrogate = make_surrogate(study.build, 4, "adam")
-    trainer = FusedTrainer(study, surrogate, data, 10, lambda: None)
+    trainer = FusedTrainer(study, surrogate, data, 10, lambda site: None)
     for trial in range(num_lanes):
         trainer.admit(trial, trial, resolve_hyperparameters("adam", "constant", study.fixed, {"lr": 1e-3}))
     before = trainer.state(0).parameters
@@ -322,7 +322,9 @@ def decay_shares(
     for scale in (1, 4, 16):
         runs = []
         for decay in (0.0, 1e-3):
-            trainer = FusedTrainer(study, tamper(make_surrogate(build_mlp, scale, "adam")), data, 200, lambda: None)
+            trainer = FusedTrainer(
+                study, tamper(make_surrogate(build_mlp, scale, "adam")), data, 200, lambda site: None
+            )
             params = {"lr": 1e-3, "weight_decay": decay}
             for seed in range(num_seeds):
                 trainer.admit(seed, seed, resolve_hyperparameters("adam", "constant", {}, params))

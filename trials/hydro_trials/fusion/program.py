@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from hydro_slurm.errors import FusionError
+from hydro_trials.fusion import sites
 
-Check = Callable[[], None]
-"""Called at every boundary between quanta; may block, and may raise to leave."""
+Check = Callable[[int], None]
+"""Called at every boundary between quanta with the number of its site; may block, and may raise to leave."""
 
 try:
     from torch._C import _functorch
@@ -52,7 +54,7 @@ class FusedProgram:
         self._use_unwrap = use_unwrap and _unwrap is not None
         self.num_boundaries = 0
         for boundary in boundary_modules(module):
-            boundary.register_forward_hook(self._after_forward)
+            boundary.register_forward_hook(partial(self._after_forward, self.num_boundaries))
             self.num_boundaries += 1
         self._losses = vmap(self._lane_loss)
         self._outputs = vmap(self._lane_output)
@@ -76,7 +78,7 @@ class FusedProgram:
                     f"the loss of one lane has shape {tuple(losses_F.shape[1:])}, needed a scalar; "
                     "return the mean over samples"
                 )
-            self.check()
+            self.check(sites.BACKWARD)
             gradients = torch.autograd.grad(losses_F.sum(), list(parameters.values()), materialize_grads=True)
         return losses_F.detach(), gradients
 
@@ -90,8 +92,8 @@ class FusedProgram:
         with _explain():
             for x_B in torch.split(x_N, chunk):
                 x_FB = x_B.unsqueeze(0).expand(next(iter(parameters.values())).shape[0], *x_B.shape)
+                self.check(sites.EVALUATE)
                 parts.append(self._outputs(dict(parameters), dict(buffers), x_FB))
-                self.check()
         return torch.cat(parts, dim=1)
 
     def _lane_output(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x_B: Tensor) -> Any:
@@ -103,23 +105,27 @@ class FusedProgram:
             raise FusionError(f"the loss returned {type(loss).__name__}, needed a scalar tensor")
         return loss
 
-    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
-        self.check()
-        if not isinstance(output, Tensor) or not torch.is_grad_enabled():
+    def _after_forward(self, number: int, module: nn.Module, args: Any, output: Any) -> Any:
+        if not torch.is_grad_enabled():
+            self.check(sites.in_evaluation(number))
             return None
+        self.check(sites.after_forward(number))
+        if not isinstance(output, Tensor):
+            return None
+        check = partial(self._in_backward, sites.in_backward(number))
         if not self._use_unwrap:
-            identity: Tensor = _Boundary.apply(output, self.check)  # type: ignore[no-untyped-call]
+            identity: Tensor = _Boundary.apply(output, check)  # type: ignore[no-untyped-call]
             return identity
         assert _is_wrapped is not None and _unwrap is not None
         inner = output
         while _is_wrapped(inner):
             inner = _unwrap(inner)
         if inner.requires_grad:
-            inner.register_hook(self._in_backward)  # type: ignore[no-untyped-call]
+            inner.register_hook(check)  # type: ignore[no-untyped-call]
         return None
 
-    def _in_backward(self, gradient: Tensor) -> None:
-        self.check()
+    def _in_backward(self, site: int, gradient: Tensor) -> None:
+        self.check(site)
 
 
 class _Boundary(torch.autograd.Function):
@@ -128,16 +134,16 @@ class _Boundary(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(output: Tensor, check: Check) -> Tensor:
+    def forward(output: Tensor, check: Callable[[Tensor], None]) -> Tensor:
         return output.view_as(output)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Check], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Callable[[Tensor], None]], output: Tensor) -> None:
         ctx.check = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.check()
+        ctx.check(gradient)
         return gradient, None
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hydro_slurm.errors import FusionError
+from hydro_trials.fusion import sites
 from hydro_trials.fusion.layout import FlatLayout
 from hydro_trials.fusion.optimizers import FusedOptimizer, LaneSettings
 from hydro_trials.fusion.program import Check, FusedProgram
@@ -176,17 +177,18 @@ class FusedTrainer:
 
     def step(self) -> None:
         """One optimizer step of every lane."""
+        self.check(sites.STEP)
         x_FB, y_FB = self._batch()
-        self.check()
+        self.check(sites.FORWARD)
         stack = self._stack
         buffers = {name: tensor.clone() for name, tensor in stack.buffers.items()}
         losses_F, gradients = self.program.gradients(self._parameters, buffers, x_FB, y_FB)
         if not self._checked_readouts:
             check_readouts(self.surrogate, self._template)
             self._checked_readouts = True
-        self.check()
+        self.check(sites.FLATTEN)
         grad_FP = self._flatten(gradients)
-        self.check()
+        self.check(sites.UPDATE)
         self.torn = True
         self.optimizer.update(
             stack.flat, grad_FP, stack.slots, [lane.settings for lane in self.lanes], self._quiet_check
@@ -231,12 +233,12 @@ class FusedTrainer:
         outputs_FN = self.program.outputs(parameters, buffers, x_N, self.study.batch_size)
         results: dict[int, dict[str, float]] = {}
         for row, output_N in zip(rows, outputs_FN, strict=True):
+            self.check(sites.MEASURE)
             with torch.no_grad():
                 values = {"valid.loss": float(self.study.loss(output_N, y_N))}
                 for name, metric in self.study.metrics.items():
                     values[f"valid.{name}"] = float(metric(output_N, y_N))
             results[self.lanes[row].trial] = values
-            self.check()
         return results
 
     def state(self, trial: int) -> LaneState:
@@ -290,7 +292,7 @@ class FusedTrainer:
         """A boundary inside the update: an exception waits until the update is whole."""
         if self._late is None:
             try:
-                self.check()
+                self.check(sites.UPDATE_MORE)
             except BaseException as error:
                 self._late = error
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from hydro_slurm.clock import SystemClock
 from hydro_slurm.errors import HydroError, StudyError
 from hydro_trials.fusion import FusedTrainer
-from hydro_trials.runtime.gating import StandaloneGate
+from hydro_trials.runtime.gating import OwnSlotGate
 from hydro_trials.runtime.sample_lanes import fill_trainer
 from hydro_trials.runtime.startup import keep_freed_memory
 from hydro_trials.study import Study
@@ -33,7 +34,7 @@ def check_study(file: Path, *, as_json: bool) -> str:
     study = load_study(file)
     data = load_data(study)
     surrogate = make_surrogate(study.build, study.width_scale, study.optimizer, parameter_kinds=study.parameter_kinds)
-    gate = StandaloneGate()
+    gate = OwnSlotGate(SystemClock())
     trainer = FusedTrainer(study, surrogate, data, study.steps, gate.check)
     step_ms = _try_steps(file, study, trainer)
     document = {

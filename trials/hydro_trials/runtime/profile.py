@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
+from hydro_slurm.clock import SystemClock
 from hydro_slurm.errors import StudyError
 from hydro_slurm.formats import write_text_atomic
 from hydro_trials.fusion import FusedTrainer
-from hydro_trials.runtime.gating import StandaloneGate
+from hydro_trials.runtime.gating import OwnSlotGate
 from hydro_trials.runtime.sample_lanes import fill_trainer
 from hydro_trials.runtime.startup import keep_freed_memory
 from hydro_trials.study_file import load_data, load_study
@@ -44,7 +45,7 @@ def profile_study(file: Path, output: Path | None, lanes: list[int], *, as_json:
     identity = repr((sorted(shapes.items()), study.optimizer, study.batch_size, study.width_scale, "cpu"))
     points = []
     for num_lanes in sorted(set(lanes)):
-        gate = StandaloneGate()
+        gate = OwnSlotGate(SystemClock())
         trainer = FusedTrainer(study, surrogate, data, study.steps, gate.check)
         fill_trainer(trainer, num_lanes)
         step_s, quantum_p99_ns = _measure(trainer)
@@ -87,7 +88,7 @@ def _measure(trainer: FusedTrainer) -> tuple[float, int]:
     """Median duration of a step in s, and the 99th percentile of the time between two boundaries in ns."""
     for _ in range(NUM_WARM_UP):
         trainer.step()
-    gate = StandaloneGate()
+    gate = OwnSlotGate(SystemClock())
     trainer.set_check(gate.check)
     times_s = []
     for _ in range(NUM_STEPS):

@@ -15,7 +15,7 @@ from hydro_slurm.clock import SystemClock
 from hydro_slurm.errors import GateGoneError, HydroError
 from hydro_slurm.model import BundleSpec
 from hydro_trials.runtime.bundle_dir import BundleDir
-from hydro_trials.runtime.gating import BundleGate, StandaloneGate
+from hydro_trials.runtime.gating import BubbleSlotGate, BundleGate, OwnSlotGate, SlotGate
 from hydro_trials.runtime.startup import bind_to_cpus, keep_freed_memory, run_yielding
 
 if TYPE_CHECKING:
@@ -38,7 +38,12 @@ def train(directory: Path) -> int:
     bind_to_cpus(spec.slot.device.cpus)
     keep_freed_memory()
     try:
-        gate = BundleGate(StandaloneGate(clock))
+        slot_gate: SlotGate
+        if spec.slot.gate_dir is not None:
+            slot_gate = BubbleSlotGate(Path(spec.slot.gate_dir), spec.bundle, clock)
+        else:
+            slot_gate = OwnSlotGate(clock)
+        gate = BundleGate(slot_gate)
         signal.signal(signal.SIGTERM, gate.on_signal)
         prepare = _preparation(directory, spec, files, gate, num_threads)
         worker = run_yielding(prepare) if spec.slot.kind == "bubble" else prepare()

@@ -16,7 +16,7 @@ from pathlib import Path
 from hydro_slurm.clock import Clock
 from hydro_slurm.errors import FormatError, GateGoneError, HydroError
 from hydro_slurm.model import COMPLETE, DIVERGED, FAIL, RUNNING, BundleSpec, LaneSpec, TrialResult
-from hydro_trials.fusion import FusedTrainer
+from hydro_trials.fusion import FusedTrainer, sites
 from hydro_trials.hyperparameters import resolve_hyperparameters
 from hydro_trials.runtime.bundle_dir import BundleDir
 from hydro_trials.runtime.checkpoints import Checkpoint, list_checkpoints, read_checkpoint, write_checkpoint
@@ -95,7 +95,6 @@ class BundleWorker:
                 self._gate.rest(INBOX_POLL_S)
                 continue
             idle_since_ns = None
-            self._gate.check()
             try:
                 self._admit()
                 if self.accounts:
@@ -115,7 +114,7 @@ class BundleWorker:
             self._read_inbox()
         if now_ns >= self._next_checkpoint_ns:
             for trial in self.trainer.trials:
-                self._gate.check()
+                self._gate.check(sites.SAVE)
                 self._save(trial)
             self._next_checkpoint_ns = self._clock.monotonic_ns() + round(self.spec.checkpoint_every_s * 1e9)
         if now_ns >= self._next_tick_ns:
@@ -147,7 +146,7 @@ class BundleWorker:
 
     def _admit(self) -> None:
         while self.waiting and len(self.accounts) < self.max_lanes:
-            self._gate.check()
+            self._gate.check(sites.ADMIT)
             lane = self.waiting.popleft()
             try:
                 step = self._admit_one(lane)
@@ -167,6 +166,7 @@ class BundleWorker:
         values = resolve_hyperparameters(self.study.optimizer, self.study.schedule, self.study.fixed, lane.params)
         checkpoint = self._newest_checkpoint(lane)
         self.trainer.admit(lane.trial, lane.seed, values, checkpoint.state if checkpoint else None)
+        self._reporter.lanes_changed(len(self.trainer.lanes))
         self._count_share()
         step = checkpoint.state.step if checkpoint else 0
         seconds = checkpoint.lane_seconds if checkpoint else 0.0
@@ -194,7 +194,7 @@ class BundleWorker:
         self.trainer.step()
         num_lanes = len(self.trainer.lanes)
         self.lane_steps += num_lanes
-        self._reporter.step_done(num_lanes)
+        self._reporter.step_done()
         self._count_share()
         due = [
             lane.trial
@@ -205,7 +205,6 @@ class BundleWorker:
             self._end_diverged(thorough=bool(due))
             due = [trial for trial in due if trial in self.accounts]
         if due:
-            self._gate.check()
             self._evaluate(due)
 
     def _end_diverged(self, *, thorough: bool) -> None:
@@ -216,6 +215,7 @@ class BundleWorker:
         """Write the result of the rung that each of these lanes has reached."""
         evaluations = self.trainer.evaluate(trials)
         for trial, metrics in evaluations.items():
+            self._gate.check(sites.SAVE)
             lane, account = self.trainer.lane(trial), self.accounts[trial]
             metrics["train.loss"] = self.trainer.loss(trial)
             value = metrics[self.study.objective]
@@ -227,7 +227,6 @@ class BundleWorker:
                 path = self._save(trial)  # first: a result and the checkpoint that it names agree
                 self._write(trial, account.next_rung, lane.step, RUNNING, metrics, checkpoint=path)
                 account.next_rung += 1
-            self._gate.check()
 
     def _end(
         self, trial: int, step: int, state: str, metrics: dict[str, float] | None = None, *, reason: str = ""
@@ -249,6 +248,7 @@ class BundleWorker:
     def _forget(self, trials: Collection[int]) -> None:
         self._count_share()
         self.trainer.drop(trials)
+        self._reporter.lanes_changed(len(self.trainer.lanes))
         for trial in trials:
             del self.accounts[trial]
             self.checkpoints.pop(trial, None)

@@ -88,7 +88,7 @@ def check_coordinates(
     x_N = data.valid[0][: study.batch_size]
     changes: dict[str, list[list[float]]] = {}
     for scale in width_scales:
-        trainer = FusedTrainer(study, shrink(scale), data, study.steps, lambda: None)
+        trainer = FusedTrainer(study, shrink(scale), data, study.steps, lambda site: None)
         for seed in range(num_seeds):
             trainer.admit(seed, seed, values)
         module = trainer.surrogate.make(0)
