@@ -94,7 +94,8 @@ def follow(path: Path) -> tuple[dict[Path, str], Path]:
     links: dict[Path, str] = {}
     rest = [part for part in reversed(Path(os.path.abspath(path)).parts) if part != "/"]  # noqa: PTH100
     here = Path("/")
-    while rest:
+    num_followed = 0
+    while rest and num_followed < MAX_SYMLINKS:
         part = rest.pop()
         if part == "..":
             here = here.parent
@@ -105,8 +106,7 @@ def follow(path: Path) -> tuple[dict[Path, str], Path]:
             continue
         target = str(step.readlink())
         links[step] = target
-        if len(links) > MAX_SYMLINKS:
-            break
+        num_followed += 1
         if target.startswith("/"):
             here = Path("/")
         rest.extend(part for part in reversed(Path(target).parts) if part != "/")
