@@ -33,7 +33,7 @@ _FOREVER_NS = 1 << 62
 
 
 class Run(NamedTuple):
-    """Quanta without a pause between them."""
+    """Quanta without a pause between them; `end_ns` leaves out the time during which others had the core."""
 
     start_ns: int
     end_ns: int
@@ -104,11 +104,12 @@ class QuantumGate:
         self._refused_word = -1
         self._is_running = self._is_first = self._overran = False
         self._compute_ns = 0
-        self._start_ns = self._start_quanta = self._last_ns = self._last_preempted_ns = self._beat_ns = 0
+        self._start_ns = self._start_quanta = self._last_ns = self._beat_ns = 0
+        self._lost_ns = self._last_preempted_ns = 0
 
     @property
     def compute_ns(self) -> int:
-        """Time spent between resume and pause."""
+        """Time between resume and pause, less what others had the core for."""
         return self._compute_ns + (self._now_ns() - self._start_ns if self._is_running else 0)
 
     @property
@@ -200,6 +201,7 @@ class QuantumGate:
         # The host takes the core when it wakes early; how long it keeps it says nothing about the quantum.
         lost_ns = min(quantum_ns, preempted_ns - self._last_preempted_ns)
         self._last_preempted_ns = preempted_ns
+        self._lost_ns += lost_ns
         own_ns = quantum_ns - lost_ns
         estimate, need_ns = self._current, self._needs_ns[self._site]
         if now - lost_ns > self._deadline_ns:
@@ -229,9 +231,10 @@ class QuantumGate:
         """Acknowledge. Idempotent."""
         if self._is_running:
             self._is_running = False
-            self._compute_ns += now - self._start_ns
+            end_ns = max(self._start_ns, now - self._lost_ns)
+            self._compute_ns += end_ns - self._start_ns
             if self.runs is not None:
-                self.runs.append(Run(self._start_ns, now, self.num_quanta - self._start_quanta))
+                self.runs.append(Run(self._start_ns, end_ns, self.num_quanta - self._start_quanta))
             if not self._overran:
                 self._margin.clean()
         self._publish(PAUSED)
@@ -251,6 +254,7 @@ class QuantumGate:
         self._start_ns, self._start_quanta = self._now_ns(), self.num_quanta
         self._is_running = self._is_first = True
         self._overran = False
+        self._lost_ns = 0
         self._last_preempted_ns = self._preempted_ns()
         self._publish(RUNNING)
 
