@@ -8,6 +8,7 @@ import json
 import os
 from typing import Any
 
+from hydro_slurm.slurm.environment import scrubbed_environment
 from hydro_slurm.testbed import Testbed, TestbedSpec, TestbedStatus, list_testbeds
 
 DEFAULT_NAME = "testbed"
@@ -84,7 +85,7 @@ def _down(arguments: argparse.Namespace) -> int:
 def _exec(arguments: argparse.Namespace) -> int:
     testbed = Testbed.load(arguments.name)
     prefix = testbed.command_prefix(arguments.user, arguments.node)
-    os.execvp(prefix[0], [*prefix, *arguments.command])
+    os.execvpe(prefix[0], [*prefix, *arguments.command], scrubbed_environment())
 
 
 def _print_status(status: TestbedStatus) -> None:

@@ -113,6 +113,7 @@ class CommandLineClient:
                 memory_mib=integers([memory.rstrip("+")])[0],
                 gres=null_to_empty(gres),
                 partitions=(*partitions, partition),
+                responding="*" not in state,
             )
         return list(found.values())
 

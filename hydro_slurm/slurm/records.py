@@ -79,6 +79,8 @@ class Node:
     gres: str
     """As Slurm writes it: `gpu:2`; empty where there is none."""
     partitions: tuple[str, ...]
+    responding: bool = True
+    """False while slurmctld has lost touch with it, whatever its state."""
 
 
 @dataclass(frozen=True, kw_only=True)

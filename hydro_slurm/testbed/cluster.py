@@ -157,12 +157,12 @@ class Testbed:
         return Process.of(child.pid)
 
     def _wait_idle(self, deadline: float) -> None:
-        client = self.client()
+        client = self.client(timeout_s=2.0)
         states = {}
         while time.monotonic() < deadline:
             self._daemons.check()
             with contextlib.suppress(SlurmUnavailableError):
-                states = {node.name: node.state for node in client.nodes()}
+                states = {node.name: node.state if node.responding else "away" for node in client.nodes()}
                 if set(states) == set(self.nodes) and set(states.values()) == {"IDLE"}:
                     return
             time.sleep(0.05)
@@ -362,7 +362,8 @@ class Testbed:
     def _home(self, account: pwd.struct_passwd) -> Path:
         home = self.shared_dir / "homes" / account.pw_name
         if not home.exists():
-            home.mkdir(mode=0o755, exist_ok=True)
+            home.mkdir(exist_ok=True)
+            home.chmod(0o755)
             if account.pw_uid != os.geteuid():
                 os.chown(home, account.pw_uid, account.pw_gid)
         return home

@@ -87,11 +87,16 @@ def write_configuration(state: Path, spec: TestbedSpec, name: str, ports: list[i
         names=",".join(spec.node_names),
         extra="".join(f"{line}\n" for line in spec.extra_conf),
     )
-    (conf / "slurm.conf").write_text(text)
-    (conf / "gres.conf").write_text("".join(_gres_lines(state / "dev", spec)))
+    _write(conf / "slurm.conf", text)
+    _write(conf / "gres.conf", "".join(_gres_lines(state / "dev", spec)))
     hosts = Path("/etc/hosts").read_text() if Path("/etc/hosts").exists() else ""
     names = " ".join([CONTROLLER, LOGIN, *spec.node_names])
-    (conf / "hosts").write_text(f"{hosts}\n127.0.0.1 {names}\n")
+    _write(conf / "hosts", f"{hosts}\n127.0.0.1 {names}\n")
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o644)  # whatever the umask is: every user's commands read it
 
 
 def _gres_lines(devices: Path, spec: TestbedSpec) -> list[str]:

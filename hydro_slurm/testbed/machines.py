@@ -117,6 +117,7 @@ def spawn(argv: Sequence[str], log: Path, pass_fds: Sequence[int] = ()) -> subpr
             cwd="/",
             env={**scrubbed_environment(), "PATH": _search_path()},
             pass_fds=pass_fds,
+            umask=0o022,
             start_new_session=True,
         )
 

@@ -69,7 +69,9 @@ def base_folder(base: Path | None = None) -> Path:
     path = base or Path(os.environ.get("HYDRO_TESTBED_DIR") or f"/tmp/hydro-testbed-{os.getuid()}")
     path = Path(os.path.abspath(path))  # noqa: PTH100  (links stay: the path must stay short)
     try:
-        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if not path.exists():
+            path.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o755)
         found = path.lstat()
     except OSError as error:
         raise TestbedError(f"{path}: {error.strerror}; set HYDRO_TESTBED_DIR to a folder of your own") from None
@@ -97,9 +99,9 @@ def claim(base: Path, record: TestbedRecord) -> Path:
     try:
         temporary.chmod(0o755)
         for name in ("conf", "munge", "log", "spool", "spool/ctl", "dev", "shared", "shared/homes"):
-            (temporary / name).mkdir(mode=0o755)
+            _make_open(temporary / name)
         for name in record.nodes:
-            (temporary / "spool" / name).mkdir(mode=0o755)
+            _make_open(temporary / "spool" / name)
         (temporary / "shared").chmod(0o1777)
         save(temporary, record)
         temporary.rename(state)
@@ -111,6 +113,11 @@ def claim(base: Path, record: TestbedRecord) -> Path:
             ) from None
         raise
     return state
+
+
+def _make_open(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o755)  # whatever the umask is
 
 
 def save(state: Path, record: TestbedRecord) -> None:

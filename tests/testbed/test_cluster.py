@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from hydro_slurm.errors import TestbedError
 from hydro_slurm.slurm import BatchRequest
 from hydro_slurm.testbed import Testbed, TestbedSpec
+from hydro_slurm.testbed import record as records
 
 TIMEOUT_S = 30.0
 
@@ -118,6 +120,39 @@ def test_several_testbeds_live_side_by_side_and_leave_the_machine_alone(base: Pa
         assert one.run(["srun", "hostname"]).stdout == "n1\n"
         assert Testbed.load().name == "one"
     assert outside() == before
+
+
+def test_a_strict_umask_of_the_creator_shuts_nobody_out(base: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        with Testbed.up(TestbedSpec(nodes=1, base=base / "sub"), ephemeral=True) as testbed:
+            user = testbed.ordinary_user()
+            client = testbed.client(user)
+            job_id = client.submit(BatchRequest(argv=["sh", "-c", "umask > umask.txt"]))
+            assert client.wait_job(job_id, timeout_s=TIMEOUT_S) == "COMPLETED"
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_a_port_that_was_taken_in_between_is_replaced(base: Path, monkeypatch: pytest.MonkeyPatch, index: int) -> None:
+    choose = records.free_ports
+    calls: list[tuple[int, ...]] = []
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+
+        def unlucky(folder: Path, count: int) -> tuple[int, ...]:
+            ports = list(choose(folder, count))
+            if not calls:
+                ports[index] = taken.getsockname()[1]
+            calls.append(tuple(ports))
+            return calls[-1]
+
+        monkeypatch.setattr(records, "free_ports", unlucky)
+        with Testbed.up(TestbedSpec(nodes=2), ephemeral=True) as testbed:
+            assert testbed.run(["srun", "-N2", "echo", "hi"]).stdout == "hi\nhi\n"
+    assert len(calls) == 2
 
 
 def test_gres_are_given_to_jobs(base: Path) -> None:
