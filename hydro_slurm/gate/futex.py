@@ -15,8 +15,9 @@ import struct
 import time
 from typing import Callable
 
-FOR_OPEN, FOR_CLOSED, FOR_GONE = 1, 2, 4
-FOR_ANY = FOR_OPEN | FOR_CLOSED | FOR_GONE
+from hydro_slurm.gate.layout import WAKE_CLOSED, WAKE_GONE, WAKE_OPEN
+
+WAKE_ANY = WAKE_OPEN | WAKE_CLOSED | WAKE_GONE
 
 POLL_S = 0.001
 """Where there are no futexes the word is looked at this often."""
@@ -82,7 +83,7 @@ class Futex:
                 None,
                 ctypes.c_uint32(bits),
             )
-            for bits in (FOR_OPEN, FOR_CLOSED, FOR_ANY)
+            for bits in (WAKE_OPEN, WAKE_CLOSED, WAKE_ANY)
         }
 
     def wake(self, bits: int) -> None:
@@ -90,7 +91,7 @@ class Futex:
         if not self._polls:
             _waking(*self._wake_arguments[bits])
 
-    def wait(self, expected: int, timeout_s: float, bits: int = FOR_ANY) -> bool:
+    def wait(self, expected: int, timeout_s: float, bits: int = WAKE_ANY) -> bool:
         """Sleep while the word is `expected`, until woken, for `timeout_s` at most, or until a signal comes.
 
         Returns:

@@ -17,8 +17,7 @@ from hydro_slurm.clock import Clock, SystemClock
 from hydro_slurm.errors import GateGoneError
 from hydro_slurm.gate.bundle_page import BundlePage
 from hydro_slurm.gate.estimate import CLIP_FACTOR, Margin, SiteEstimate
-from hydro_slurm.gate.futex import FOR_GONE, FOR_OPEN
-from hydro_slurm.gate.layout import LEAVING, PAUSED, RUNNING, UNDIVIDED
+from hydro_slurm.gate.layout import LEAVING, PAUSED, RUNNING, UNDIVIDED, WAKE_GONE, WAKE_OPEN
 from hydro_slurm.gate.reader import SLICE_S, WORD_INDEX, GateReader
 
 MARGIN_NS = 300_000
@@ -274,7 +273,7 @@ class QuantumGate:
                 if self._sites[site].refuse(lease_ns, self._margin.value_ns):
                     self._needs_ns[site] = self._sites[site].p99_ns
                     continue
-            if not self.reader.sleep(word, SLICE_S, FOR_OPEN | FOR_GONE):
+            if not self.reader.sleep(word, SLICE_S, WAKE_OPEN | WAKE_GONE):
                 self._publish(PAUSED)
 
     def _need_of(self, site: Optional[int]) -> int:

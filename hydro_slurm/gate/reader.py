@@ -18,7 +18,7 @@ from typing import Optional, Union, overload
 
 from hydro_slurm.clock import Clock, SystemClock
 from hydro_slurm.errors import GateError, GateGoneError
-from hydro_slurm.gate.futex import FOR_ANY, FOR_GONE, FOR_OPEN, Futex, map_page, unmap_page
+from hydro_slurm.gate.futex import WAKE_ANY, Futex, map_page, unmap_page
 from hydro_slurm.gate.layout import (
     CLOSED,
     GATE_MAGIC,
@@ -33,6 +33,8 @@ from hydro_slurm.gate.layout import (
     STATE_BITS,
     STATE_MASK,
     STATE_NAMES,
+    WAKE_GONE,
+    WAKE_OPEN,
     WORD,
     WORD_OFFSET,
     head_bytes,
@@ -201,9 +203,9 @@ class GateReader:
                 return "open"
             if now >= end_ns:
                 return "timeout"
-            self.sleep(word, (end_ns - now) / 1e9, FOR_OPEN | FOR_GONE)
+            self.sleep(word, (end_ns - now) / 1e9, WAKE_OPEN | WAKE_GONE)
 
-    def wait_change(self, word: int, timeout_s: float, bits: int = FOR_ANY) -> str:
+    def wait_change(self, word: int, timeout_s: float, bits: int = WAKE_ANY) -> str:
         """Sleep until the page's word is no longer `word`; what `look` then says.
 
         Returns after `timeout_s` at the latest, and early after a signal.
@@ -233,7 +235,7 @@ class GateReader:
     def sleep(self, word: int, seconds: float, bits: int) -> bool:
         """Sleep while the page's word is `word`, for `SLICE_S` at most; whether something woke it (or a signal came).
 
-        `bits`: which changes to be woken for (`futex.FOR_OPEN` and so on); others are seen at the end of the slice.
+        `bits`: which changes to be woken for (`futex.WAKE_OPEN` and so on); others are seen at the end of the slice.
         """
         wanted_s = min(seconds, SLICE_S)
         if not self._is_real_time:

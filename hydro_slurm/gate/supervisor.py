@@ -25,8 +25,7 @@ from typing import Optional
 
 from hydro_slurm.errors import GateError, GateGoneError, HydroError
 from hydro_slurm.gate.bundle_page import BundlePage, BundlePageReader, BundleSnapshot
-from hydro_slurm.gate.futex import FOR_CLOSED, FOR_GONE, FOR_OPEN
-from hydro_slurm.gate.layout import LEAVING, PAUSED, STATE_BITS, UNDIVIDED
+from hydro_slurm.gate.layout import LEAVING, PAUSED, STATE_BITS, UNDIVIDED, WAKE_CLOSED, WAKE_GONE, WAKE_OPEN
 from hydro_slurm.gate.process import start_ticks
 from hydro_slurm.gate.process_tree import ProcessTree, adopt_orphans, die_with_parent
 from hydro_slurm.gate.reader import SLICE_S, WORD_INDEX, GateReader
@@ -120,9 +119,9 @@ class Supervisor:
         left_ns = reader.until_ns - now
         if state == "open" and left_ns > LEAD_NS:
             self._let_run(now)
-            bits = FOR_GONE
+            bits = WAKE_GONE
             if left_ns > LONG_LEASE_NS or not self._works_in_quanta(self._read_page()):
-                bits |= FOR_CLOSED
+                bits |= WAKE_CLOSED
             reader.sleep(word, (left_ns - LEAD_NS) / 1e9, bits)
             return
         epoch = word >> STATE_BITS
@@ -130,7 +129,7 @@ class Supervisor:
             self._closed_epoch, self._closed_ns = epoch, now
         due_ns = self._due_ns(epoch, now)
         if due_ns > now:
-            reader.sleep(word, (due_ns - now) / 1e9, FOR_OPEN | FOR_GONE)
+            reader.sleep(word, (due_ns - now) / 1e9, WAKE_OPEN | WAKE_GONE)
 
     def _due_ns(self, epoch: int, now: int) -> int:
         """The gate is closed, or about to: when to look next. Stops the tree where its time is up."""

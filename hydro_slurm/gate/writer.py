@@ -15,7 +15,7 @@ from typing import Optional
 
 from hydro_slurm.clock import Clock, SystemClock
 from hydro_slurm.errors import GateError
-from hydro_slurm.gate.futex import FOR_ANY, FOR_CLOSED, FOR_OPEN, Futex, map_page, unmap_page
+from hydro_slurm.gate.futex import WAKE_ANY, Futex, map_page, unmap_page
 from hydro_slurm.gate.layout import (
     BUNDLES_NAME,
     CLOSED,
@@ -31,6 +31,8 @@ from hydro_slurm.gate.layout import (
     PAGE_NAME,
     RECORD_OFFSET,
     STATE_MASK,
+    WAKE_CLOSED,
+    WAKE_OPEN,
     WORD,
     WORD_AND_HEARTBEAT,
     WORD_OFFSET,
@@ -112,13 +114,13 @@ class GateWriter:
         self._publish_lease()
         self._state = OPEN
         self._publish_word()
-        self._futex.wake(FOR_OPEN)
+        self._futex.wake(WAKE_OPEN)
 
     def close(self) -> None:
         """Take the slot back: bundles pause at their next check."""
         self._state = CLOSED
         self._publish_word()
-        self._futex.wake(FOR_CLOSED)
+        self._futex.wake(WAKE_CLOSED)
 
     def bump_epoch(self) -> None:
         """Close, and make everything that was said under the former epoch void."""
@@ -145,7 +147,7 @@ class GateWriter:
         self._left = True
         self._state = GONE
         self._publish_word()
-        self._futex.wake(FOR_ANY)
+        self._futex.wake(WAKE_ANY)
         with contextlib.suppress(OSError):
             if names_this(self._path, self._descriptor):
                 self._path.unlink()
@@ -214,7 +216,7 @@ def _retire(path: Path) -> None:
             raise GateError(f"the gate {path} belongs to live process {pid}; each slot has one host rank")
         os.pwrite(descriptor, WORD.pack(word & ~STATE_MASK | GONE), WORD_OFFSET)
         address = map_page(descriptor, PAGE_BYTES)
-        Futex(address + WORD_OFFSET, lambda: 0).wake(FOR_ANY)
+        Futex(address + WORD_OFFSET, lambda: 0).wake(WAKE_ANY)
         unmap_page(address, PAGE_BYTES)
     finally:
         os.close(descriptor)
