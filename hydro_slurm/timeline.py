@@ -214,5 +214,5 @@ def _to_event(line: bytes, origin: str) -> TimelineEvent:
 def _to_line(event: tuple[Any, ...]) -> str:
     t_ns, dur_ns, kind, *rest = event
     document = {"t_ns": t_ns, "dur_ns": dur_ns, "kind": kind}
-    document.update((name, rest[i]) for i, name in enumerate(OPTIONAL_FIELDS) if rest[i] is not None)
+    document.update((name, rest[i]) for i, name in enumerate((*OPTIONAL_FIELDS, "mode")) if rest[i] is not None)
     return json.dumps(document) + "\n"
