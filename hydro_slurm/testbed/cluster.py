@@ -58,7 +58,7 @@ class Testbed:
 
     def __init__(self, state: Path, record: TestbedRecord) -> None:
         self.state_dir, self._record = state, record
-        self._daemons = Daemons(state, record.holders, CONTROLLER)
+        self._daemons = Daemons(state, record, CONTROLLER)
         self._processes: list[subprocess.Popen[bytes]] = []
 
     @classmethod
@@ -133,7 +133,7 @@ class Testbed:
         holders = start_holders(self.state_dir, self._record, machines, spec.expose)
         self._processes += holders.values()
         self._update(holders={name: Process.of(holder.pid) for name, holder in holders.items()})
-        self._daemons = Daemons(self.state_dir, self._record.holders, CONTROLLER)
+        self._daemons = Daemons(self.state_dir, self._record, CONTROLLER)
         self._note_daemon("munged", self._daemons.start_munged(_left(deadline)))
         self._note_daemon("slurmctld", self._daemons.start_controller(self._record.ports[0], _left(deadline)))
         slurmds = {node: self._daemons.start_node(node) for node in self.nodes}

@@ -16,7 +16,7 @@ from pathlib import Path
 from hydro_slurm.errors import TestbedError
 from hydro_slurm.slurm.environment import scrubbed_environment
 from hydro_slurm.testbed import namespace
-from hydro_slurm.testbed.processes import Process
+from hydro_slurm.testbed.processes import MEMBER_VARIABLE, Process
 from hydro_slurm.testbed.record import TestbedRecord
 
 NEEDED_PROGRAMS = ("slurmctld", "slurmd", "sinfo", "srun", "munged", "unshare", "nsenter", "setpriv")
@@ -78,7 +78,7 @@ def start_holders(
         argv = ["unshare", *user_namespace, "--mount", "--uts", "--ipc", "--", *python]
         log = state / "log" / f"{name}.holder.log"
         try:
-            holder = spawn(argv, log, pass_fds=(writer,))
+            holder = spawn(argv, log, uuid=record.uuid, pass_fds=(writer,))
         finally:
             os.close(writer)
         starting.append((name, holder, reader, log))
@@ -106,8 +106,12 @@ def enter(holder: Process) -> list[str]:
     return ["nsenter", "--target", str(holder.pid), *user_namespace, "--mount", "--uts", "--ipc", "--"]
 
 
-def spawn(argv: Sequence[str], log: Path, pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own, with its output in a log file."""
+def spawn(argv: Sequence[str], log: Path, *, uuid: str = "", pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own, with its output in a log file.
+
+    Args:
+        uuid: Of the testbed that the process belongs to from its start on, before it has entered any namespace.
+    """
     with log.open("ab") as output:
         return subprocess.Popen(
             argv,
@@ -115,7 +119,7 @@ def spawn(argv: Sequence[str], log: Path, pass_fds: Sequence[int] = ()) -> subpr
             stdout=output,
             stderr=output,
             cwd="/",
-            env={**scrubbed_environment(), "PATH": _search_path()},
+            env={**scrubbed_environment(), "PATH": _search_path(), **({MEMBER_VARIABLE: uuid} if uuid else {})},
             pass_fds=pass_fds,
             umask=0o022,
             start_new_session=True,
@@ -125,8 +129,8 @@ def spawn(argv: Sequence[str], log: Path, pass_fds: Sequence[int] = ()) -> subpr
 class Daemons:
     """Starts munged, slurmctld and slurmd of one testbed, each in the namespaces of its machine."""
 
-    def __init__(self, state: Path, holders: dict[str, Process], controller: str) -> None:
-        self._state, self._holders, self._controller = state, holders, controller
+    def __init__(self, state: Path, record: TestbedRecord, controller: str) -> None:
+        self._state, self._uuid, self._holders, self._controller = state, record.uuid, record.holders, controller
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def start_munged(self, timeout_s: float) -> Process:
@@ -188,7 +192,7 @@ class Daemons:
 
     def _start(self, name: str, machine: str, argv: list[str], ready: Callable[[], bool], timeout_s: float) -> Process:
         output = self._state / "log" / f"{name}.out"
-        child = spawn([*enter(self._holders[machine]), *argv], output)
+        child = spawn([*enter(self._holders[machine]), *argv], output, uuid=self._uuid)
         self._children[name] = child
         process = Process.of(child.pid)
         deadline = time.monotonic() + timeout_s

@@ -2,7 +2,8 @@
 
 A testbed's processes are found by their namespace: `/proc/PID/root/run/hydro-testbed` holds the testbed's uuid in
 its namespaces and nowhere else. So orphans, daemons and namespaces made inside are found too, and a recycled pid
-or namespace number can never be mistaken for ours.
+or namespace number can never be mistaken for ours. Those that are on their way into a namespace have the uuid in
+their environment.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from hydro_slurm.errors import TestbedError
 from hydro_slurm.testbed.namespace import MARKER
 
+MEMBER_VARIABLE = "HYDRO_TESTBED_MEMBER"
 _MARKER_BELOW = str(MARKER).lstrip("/")
 
 
@@ -50,18 +52,20 @@ def boot_id() -> str:
 def members(uuid: str) -> list[Process]:
     """All living processes in the namespaces of the testbed with this uuid."""
     own = _mount_namespace("self")
-    verdicts: dict[str, bool] = {}
+    known: set[str] = set()
     found = []
     for entry in os.listdir("/proc"):  # noqa: PTH208
         if not entry.isdigit():
             continue
         process = Process.of(int(entry))
         space = _mount_namespace(entry)
-        if not process.start_ticks or space in ("", own):
+        if not process.start_ticks or space == "":
             continue
         # A process may have a root of its own (chroot), so only a "yes" is good for the whole namespace.
-        if verdicts.get(space) or uuid in _marker(entry):
-            verdicts[space] = True
+        inside = space != own and (space in known or uuid in _marker(entry))
+        if inside:
+            known.add(space)
+        if inside or _is_marked(entry, uuid):
             found.append(process)
     return found
 
@@ -112,6 +116,13 @@ def _marker(pid: str) -> list[str]:
         return Path(f"/proc/{pid}/root/{_MARKER_BELOW}").read_text().split()
     except (OSError, UnicodeDecodeError):
         return []
+
+
+def _is_marked(pid: str, uuid: str) -> bool:
+    try:
+        return f"{MEMBER_VARIABLE}={uuid}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
 
 
 def _start_ticks(pid: int) -> int | None:

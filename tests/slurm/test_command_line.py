@@ -210,7 +210,7 @@ def own_testbed(slurm_installed: None) -> Iterator[Testbed]:
 def test_an_absent_slurmctld_is_unavailable_and_comes_back(own_testbed: Testbed) -> None:
     user = own_testbed.ordinary_user()
     client = own_testbed.client(user, timeout_s=TIMEOUT_S)
-    impatient = own_testbed.client(user, timeout_s=1.0)
+    impatient = own_testbed.client(user, timeout_s=0.4)
     job_id = client.submit(BatchRequest(argv=["sleep", "600"], comment="hydro:share"))
     assert client.wait_job(job_id, timeout_s=TIMEOUT_S, states={"RUNNING"}) == "RUNNING"
     own_testbed.stop_controller()

@@ -17,7 +17,8 @@ from hydro_slurm.errors import TestbedError
 from hydro_slurm.slurm import BatchRequest
 from hydro_slurm.testbed import Testbed, TestbedSpec, list_testbeds
 from hydro_slurm.testbed import record as records
-from hydro_slurm.testbed.processes import Process, members, wait_dead
+from hydro_slurm.testbed.machines import spawn
+from hydro_slurm.testbed.processes import Process, kill_members, members, wait_dead
 from hydro_slurm.testbed.record import TestbedRecord
 from hydro_slurm.testbed.teardown import take_down
 
@@ -124,6 +125,15 @@ def test_down_ends_processes_in_namespaces_of_their_own(base: Path) -> None:
     assert hidden.wait(5.0) == -signal.SIGKILL
 
 
+def test_a_process_on_its_way_into_a_namespace_is_found(tmp_path: Path) -> None:
+    child = spawn(["sleep", "600"], tmp_path / "log", uuid="uuid-of-this-test")
+    with child:
+        assert members("uuid-of-this-test") == [Process.of(child.pid)]
+        assert members("uuid-of-this") == []
+        kill_members("uuid-of-this-test", first=[])
+        assert child.wait(5.0) == -signal.SIGKILL
+
+
 def test_down_ends_nobody_elses_process(base: Path) -> None:
     testbed = Testbed.up(TestbedSpec(nodes=1), ephemeral=True)
     record = records.load(testbed.state_dir)
@@ -159,8 +169,17 @@ def test_a_signal_to_the_creator_takes_an_ephemeral_testbed_down(base: Path, num
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-@pytest.mark.parametrize("reached", ["record", "guardian", "holders", "slurmctld", "n2"])
-@pytest.mark.parametrize("kind", ["ephemeral", "lasting"])
+@pytest.mark.parametrize(
+    ("kind", "reached"),
+    [
+        ("ephemeral", "record"),
+        ("ephemeral", "guardian"),
+        ("ephemeral", "holders"),
+        ("ephemeral", "slurmctld"),
+        ("lasting", "guardian"),
+        ("lasting", "n2"),
+    ],
+)
 def test_a_creator_that_dies_while_starting_leaves_nothing(
     base: Path, kind: str, reached: str, number: signal.Signals
 ) -> None:
