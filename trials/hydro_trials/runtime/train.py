@@ -66,6 +66,7 @@ def _preparation(
         import torch
 
         from hydro_trials.fusion import FusedTrainer
+        from hydro_trials.runtime.sample_lanes import warm_up
         from hydro_trials.runtime.worker import BundleWorker
         from hydro_trials.study_file import load_data, load_study
         from hydro_trials.surrogate import make_surrogate
@@ -76,6 +77,8 @@ def _preparation(
             study.build, spec.width_scale, study.optimizer, parameter_kinds=study.parameter_kinds
         )
         trainer = FusedTrainer(study, surrogate, load_data(study), spec.rungs[-1], gate.check)
+        if spec.slot.kind == "bubble":
+            warm_up(trainer, min(spec.max_lanes, max(1, len(spec.lanes))))
         return BundleWorker(spec, files, study, trainer, gate, SystemClock())
 
     return prepare
