@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydro_slurm.errors import HydroError
+from hydro_slurm.testbed import record as records
 from hydro_slurm.testbed.processes import Process
 from hydro_slurm.testbed.teardown import take_down
 
@@ -26,10 +27,10 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     wait_for_death(creator)
     for attempt in range(_ATTEMPTS):
-        if not state.exists():
-            return 0
         try:
-            take_down(state)
+            if state.exists():
+                take_down(state)
+            records.remove_leftovers(state.parent)
             return 0
         except (HydroError, OSError) as error:
             sys.stderr.write(f"attempt {attempt + 1} to take {state} down: {error}\n")

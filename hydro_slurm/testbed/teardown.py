@@ -10,6 +10,8 @@ from hydro_slurm.errors import TestbedError
 from hydro_slurm.testbed import record as records
 from hydro_slurm.testbed.processes import boot_id, kill_members, wait_dead
 
+_GUARDIAN_GRACE_S = 5.0
+
 
 def take_down(state: Path) -> None:
     """End all processes of the testbed in this folder, check that none is left, remove the folder.
@@ -18,16 +20,18 @@ def take_down(state: Path) -> None:
         TestbedError: There is no testbed, or a process of it cannot be ended.
     """
     record = records.load(state)
-    if record.boot_id == boot_id():
-        guardian = record.guardian
-        if guardian is not None and guardian.pid != os.getpid():
-            guardian.send(signal.SIGTERM)
-            if not wait_dead([guardian], 5.0):
-                guardian.send(signal.SIGKILL)
+    same_boot = record.boot_id == boot_id()
+    if same_boot:
         # slurmctld first: it would start jobs anew on the nodes that are left.
         order = sorted(record.daemons.items(), key=lambda item: item[0] != "slurmctld")
         kill_members(record.uuid, first=[process for _, process in order])
     records.remove(state)
+    # The guardian is released last: should we be killed in mid-work, it goes on.
+    guardian = record.guardian
+    if same_boot and guardian is not None and guardian.pid != os.getpid():
+        guardian.send(signal.SIGTERM)
+        if not wait_dead([guardian], _GUARDIAN_GRACE_S):
+            guardian.send(signal.SIGKILL)
 
 
 def clean_stale(base: Path) -> list[str]:

@@ -168,6 +168,18 @@ def test_a_signal_to_the_creator_takes_an_ephemeral_testbed_down(base: Path, num
     assert_nothing_left(base, uuid)
 
 
+def test_a_creator_that_is_killed_while_ending_its_testbed_leaves_nothing(base: Path) -> None:
+    creator = start_creator(base, "doomed")
+    wait_up(creator)
+    record = records.load(base / "doomed")
+    creator.send_signal(signal.SIGINT)
+    while record.daemons["slurmctld"].alive():
+        pass
+    creator.kill()
+    creator.communicate(timeout=TIMEOUT_S)
+    assert_nothing_left(base, record.uuid)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize(
     ("kind", "reached"),
