@@ -6,14 +6,12 @@ the free text is never searched for anything else.
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from hydro_slurm.errors import FormatError, SlurmError
 
-_DURATION = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+)(?::(\d+))?|(\d+)-(\d+)")
 _NO_TIME = frozenset({"", "N/A", "NONE", "UNKNOWN", "(NULL)", "INVALID"})
 _UNLIMITED = frozenset({"UNLIMITED", "INFINITE", "NOT_SET", "PARTITION_LIMIT", "INVALID", "N/A", "(NULL)", ""})
 _NULL = "(null)"
