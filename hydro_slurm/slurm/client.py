@@ -106,7 +106,8 @@ class SlurmClient(Protocol):
     def cancel(self, job_id: int, step_id: str | None = None, signal: str | None = None) -> None:
         """Cancel a job, or one step of it (`41.3`); with `signal` (`TERM`, `USR2`) only send that.
 
-        What has ended already is no error.
+        What has ended already is no error. Slurm loses a signal to a step whose command is just being started, and
+        cancels a step by SIGKILL at once: to let a step leave in peace, send TERM until it has ended, then cancel it.
 
         Raises:
             SlurmNotFoundError: Slurm does not know the job (any more).

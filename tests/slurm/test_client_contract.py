@@ -213,7 +213,11 @@ class SlurmContract:
             StepRequest(job_id=host, node=node, argv=["sleep", "600"], name="bundle", mem_mib=10)
         )
         step = self.listed(slurm, pause, host, "bundle")
-        slurm.cancel(host, step.step_id, signal="TERM")
+        deadline = time.monotonic() + TIMEOUT_S
+        while process.poll() is None:  # a signal to a step whose command has not started yet is lost
+            assert time.monotonic() < deadline, "the signal does not arrive"
+            slurm.cancel(host, step.step_id, signal="TERM")
+            pause()
         assert process.wait(TIMEOUT_S) == 143
         assert process.state() == "FAILED"
 
