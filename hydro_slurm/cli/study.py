@@ -28,6 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     submit = commands.add_parser(
         "submit",
         help="submit a study file as a job; returns at once",
+        allow_abbrev=False,  # sbatch's --time is no short form of our --timeline
         description="Check FILE, create its study and submit the job that runs it. Options that are not listed here "
         "are handed to sbatch.",
     )

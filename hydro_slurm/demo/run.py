@@ -71,6 +71,8 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     Raises:
         HydroError: A part did not start, failed or took too long; the cluster is down by then.
     """
+    shutil.rmtree(settings.output, ignore_errors=True)
+    settings.output.mkdir(parents=True)
     progress = Progress()
     deadline_s = time.monotonic() + settings.limit_s
     progress.say(f"starting a private Slurm cluster with {settings.num_nodes} nodes on this machine")
@@ -78,7 +80,11 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     with Testbed.up(spec, ephemeral=True) as testbed:
         cluster = DemoCluster(testbed, testbed.ordinary_user())
         progress.say(f"Slurm {cluster.client.version()} is up; jobs are submitted by user {cluster.user}")
-        return _Run(settings, cluster, progress, deadline_s).run()
+        run = _Run(settings, cluster, progress, deadline_s)
+        try:
+            return run.run()
+        finally:
+            run.keep_records()
 
 
 class _Run:
@@ -110,7 +116,7 @@ class _Run:
         cluster.stop_host()
         self._wait_for("the host job to end", self._host_ended)
         summary = make_summary(cluster, self.host_job_id, self.study_job_id, study, self.evidence)
-        self._keep(summary)
+        (settings.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         self.progress.say("done\n")
         print(table(summary))
         print(f"\nwritten to {settings.output / 'summary.json'}")
@@ -161,12 +167,11 @@ class _Run:
                 )
             time.sleep(1.0)
 
-    def _keep(self, summary: dict[str, Any]) -> None:
+    def keep_records(self) -> None:
+        """Copy what host and study recorded out of the cluster, which goes away."""
         output = self.settings.output
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         for source, name in ((self.cluster.paths.records, "host"), (self.cluster.study_dir, "study")):
-            shutil.rmtree(output / name, ignore_errors=True)
-            shutil.copytree(source, output / name, ignore=shutil.ignore_patterns("*.pt"))
+            if source.exists():
+                shutil.copytree(source, output / name, ignore=shutil.ignore_patterns("*.pt", ".*"))
         for log in self.cluster.paths.root.glob("*.log"):
             shutil.copy(log, output / log.name)

