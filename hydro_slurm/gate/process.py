@@ -1,9 +1,14 @@
-"""Which process is meant, even after its number has been given to another. Standard library only, Python 3.9."""
+"""Which process is meant, even after its number has been given to another, and what time it has had.
+
+Standard library only, Python 3.9.
+"""
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
+from typing import Optional
 
 
 def start_ticks(pid: int) -> int:
@@ -26,6 +31,58 @@ def is_alive(pid: int, ticks: int) -> bool:
         pass
     state, found = _state_and_start(pid)
     return found == 0 or (found == ticks and state not in "ZX")
+
+
+def preempted_ns(task: str = "thread-self") -> int:
+    """How long a thread has been ready to run while others had its core, since its start.
+
+    Its present wait is counted when it ends. 0 where the kernel does not count.
+
+    Args:
+        task: Its name in /proc: the calling thread, or a process's number for that one's main thread.
+    """
+    try:
+        descriptor = os.open(f"/proc/{task}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        return int(os.read(descriptor, 128).split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    finally:
+        os.close(descriptor)
+
+
+class RunTime:
+    """What a process has had of the time since this object was made, apart from waiting for a core.
+
+    A process that others keep from running does nothing, and is not to blame for doing it slowly. One that waits for
+    anything else (a GPU works for it, say) is charged for the time.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._began_ns = time.monotonic_ns()
+        self._cpu_ns, self._preempted_ns = _cpu_ns(pid), preempted_ns(str(pid))
+
+    def elapsed_ns(self) -> int:
+        """Its time so far."""
+        wall_ns = time.monotonic_ns() - self._began_ns
+        cpu_ns = _cpu_ns(self._pid)
+        if cpu_ns is None or self._cpu_ns is None:
+            return wall_ns
+        if _state_and_start(self._pid)[0] == "R":
+            # Running, or waiting for its turn: its processor time tells, its present wait is not counted yet.
+            return cpu_ns - self._cpu_ns
+        return wall_ns - (preempted_ns(str(self._pid)) - self._preempted_ns)
+
+
+def _cpu_ns(pid: int) -> Optional[int]:
+    # clock_getcpuclockid(3), which Python has for threads of its own process only: ~pid << 3 | CPUCLOCK_SCHED.
+    try:
+        return time.clock_gettime_ns((~pid << 3) | 2)
+    except OSError:
+        return None
 
 
 def _state_and_start(pid: int) -> tuple[str, int]:

@@ -7,7 +7,6 @@ acknowledges, sleeps until the gate opens again, and returns then. Standard libr
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from hydro_slurm.errors import GateGoneError
 from hydro_slurm.gate.bundle_page import BundlePage
 from hydro_slurm.gate.estimate import CLIP_FACTOR, Margin, SiteEstimate
 from hydro_slurm.gate.layout import LEAVING, PAUSED, RUNNING, UNDIVIDED, WAKE_GONE, WAKE_OPEN
+from hydro_slurm.gate.process import preempted_ns
 from hydro_slurm.gate.reader import SLICE_S, WORD_INDEX, GateReader
 
 MARGIN_NS = 300_000
@@ -37,23 +37,6 @@ class Run(NamedTuple):
     start_ns: int
     end_ns: int
     num_quanta: int
-
-
-def preempted_ns() -> int:
-    """How long the calling thread has been ready to run while others had its core, since its start.
-
-    0 where the kernel does not count it.
-    """
-    try:
-        descriptor = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return 0
-    try:
-        return int(os.read(descriptor, 128).split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    finally:
-        os.close(descriptor)
 
 
 class QuantumGate:
@@ -250,6 +233,7 @@ class QuantumGate:
             self.poll()
             if self._now_ns() + self._need_of(site) < self.reader.until_ns:
                 break
+            self._refused_word = self._words[WORD_INDEX]  # what is left of a lease says nothing about whole ones
         self._start_ns, self._start_quanta = self._now_ns(), self.num_quanta
         self._is_running = self._is_first = True
         self._overran = False

@@ -3,8 +3,9 @@
 It takes the core away from a bundle that does not pause by itself, passes signals on, and sees to it that nothing
 outlives it. A single thread; it sleeps on the gate's word and costs some ten microseconds per lease.
 
-When the gate closes, a bundle that works in quanta gets max(5 ms, 3 quanta) to say PAUSED on its page. If it does not,
-its whole process tree is stopped by SIGSTOP until the gate opens again, and that is a strike: the third ends it, exit
+When the gate closes, a bundle that works in quanta gets max(5 ms, 3 quanta) to say PAUSED on its page; time during
+which the host has the core does not count, because it cannot reach its next check then. If it does not say so, its
+whole process tree is stopped by SIGSTOP until the gate opens again, and that is a strike: the third ends it, exit
 status 75. A bundle that has no page yet (it is starting) or says UNDIVIDED (a checkpoint) is stopped at the deadline
 without a strike, for two minutes of its running time. Standard library only, Python 3.9.
 """
@@ -20,13 +21,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Optional
 
 from hydro_slurm.errors import GateError, GateGoneError, HydroError
 from hydro_slurm.gate.bundle_page import BundlePage, BundlePageReader, BundleSnapshot
 from hydro_slurm.gate.layout import LEAVING, PAUSED, STATE_BITS, UNDIVIDED, WAKE_CLOSED, WAKE_GONE, WAKE_OPEN
-from hydro_slurm.gate.process import start_ticks
+from hydro_slurm.gate.process import RunTime, start_ticks
 from hydro_slurm.gate.process_tree import ProcessTree, adopt_orphans, die_with_parent
 from hydro_slurm.gate.reader import SLICE_S, WORD_INDEX, GateReader
 
@@ -78,8 +78,10 @@ class Supervisor:
         self._resumed_ns = 0
         self._undivided_used_ns = 0
         self._closed_epoch = self._honoured_epoch = -1
-        self._closed_ns = 0
+        self._run_time: Optional[RunTime] = None
         self._strikes = self._num_honoured = 0
+        self._pending: list[int] = []
+        """Signals that wait for being passed on: not in their handler, which may interrupt the stopping of the tree."""
         self._wakeup_read, self._wakeup_write = -1, -1
 
     def run(self, command: Sequence[str], *, nice: int = 0) -> int:
@@ -100,6 +102,8 @@ class Supervisor:
     def _turn(self) -> None:
         """Look once, act, and sleep until something may have changed."""
         now = time.monotonic_ns()
+        while self._pending:
+            self._pass_on(self._pending.pop(0), now)
         if self._leave_by_ns is not None:
             if now >= self._leave_by_ns:
                 self._tree.kill()
@@ -126,7 +130,7 @@ class Supervisor:
             return
         epoch = word >> STATE_BITS
         if self._closed_epoch != epoch:
-            self._closed_epoch, self._closed_ns = epoch, now
+            self._closed_epoch, self._run_time = epoch, None
         due_ns = self._due_ns(epoch, now)
         if due_ns > now:
             reader.sleep(word, (due_ns - now) / 1e9, WAKE_OPEN | WAKE_GONE)
@@ -147,10 +151,13 @@ class Supervisor:
             self._undivided_used_ns += now - self._resumed_ns
             self._stop()
             return later_ns
+        if self._run_time is None:
+            self._run_time = RunTime(self._computing_pid(page))
         quantum_ns = page.quantum_p99_ns if page is not None else 0
         patience_ns = min(max(MIN_PATIENCE_NS, 3 * quantum_ns), MAX_PATIENCE_NS)
-        if now < self._closed_ns + patience_ns:
-            return self._closed_ns + patience_ns
+        left_ns = patience_ns - self._run_time.elapsed_ns()
+        if left_ns > 0:
+            return now + left_ns
         self._strikes += 1
         self._num_honoured = 0
         self._say(f"did not pause within {patience_ns / 1e6:g} ms: strike {self._strikes} of {MAX_STRIKES}")
@@ -160,6 +167,14 @@ class Supervisor:
             return now
         self._stop()
         return later_ns
+
+    def _computing_pid(self, page: Optional[BundleSnapshot]) -> int:
+        """The process that owns the page, where it is one of ours; else the command itself."""
+        if page is not None:
+            with contextlib.suppress(OSError, OverflowError):
+                if os.getsid(page.pid) == self._child:
+                    return page.pid
+        return self._child
 
     def _works_in_quanta(self, page: Optional[BundleSnapshot]) -> bool:
         """Whether it may be expected to pause by itself."""
@@ -226,16 +241,14 @@ class Supervisor:
         signal.set_wakeup_fd(self._wakeup_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         for number in FORWARDED:
-            signal.signal(number, self._forward)
+            signal.signal(number, lambda number, _frame: self._pending.append(number))
 
-    def _forward(self, number: int, _frame: Optional[FrameType]) -> None:
-        if not self._child:
-            raise SystemExit(128 + number)
+    def _pass_on(self, number: int, now: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._child, number)
         if number in ENDING:
             # Continues it too: a handled signal stays pending in a stopped process.
-            self._begin_leaving(time.monotonic_ns())
+            self._begin_leaving(now)
 
     def _idle(self, seconds: float) -> None:
         """Sleep until a signal comes."""

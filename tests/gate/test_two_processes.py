@@ -143,35 +143,42 @@ def test_host_killed_under_a_blocked_reader(gate_directory: Path, start_program:
     assert time.monotonic() - began_s < 4.5, "noticed by its process, not by its heartbeat"
 
 
+def damage_gates_of_a_running_reader(
+    directory: Path, start_program: Start, kind: str, damage: Callable[[Path], None]
+) -> subprocess.Popen[str]:
+    """Many times, at ever other moments, while the reader loads from the open page a million times a second."""
+    rounds = 60
+    writers = [GateWriter.create(directory / str(n), stage=0, num_stages=2) for n in range(rounds + 1)]
+    writers[0].open(time.monotonic_ns() + 5 * 10**9)
+    process = start_program("spinner.py", directory, rounds, kind)
+    for number in range(rounds):
+        if line_of(process) != str(number):
+            break
+        writers[number + 1].open(time.monotonic_ns() + 5 * 10**9)
+        end_ns = time.monotonic_ns() + 17_000 * number
+        while time.monotonic_ns() < end_ns:
+            pass
+        damage(directory / str(number) / "page")
+        # A lease outlives its page where the word still says so: the host's next word is what ends it.
+        writers[number].close()
+    process.wait(20)
+    return process
+
+
 @DAMAGES
 def test_page_damaged_under_a_running_reader(
     shared_memory: Path, start_program: Start, damage: Callable[[Path], None]
 ) -> None:
-    """Many times, at ever other moments, while the reader loads from the page a million times a second."""
-    rounds = 60
-    writers = [GateWriter.create(shared_memory / str(n), stage=0, num_stages=2) for n in range(rounds)]
-    process = start_program("spinner.py", shared_memory, rounds, "guarded")
-    for number, writer in enumerate(writers):
-        writer.open(time.monotonic_ns() + 5 * 10**9)
-        assert line_of(process) == str(number), process.communicate()[1]
-        end_ns = time.monotonic_ns() + 17_000 * number
-        while time.monotonic_ns() < end_ns:
-            pass
-        damage(shared_memory / str(number) / "page")
-        # A lease outlives its page where the word still says so: the host's next word is what ends it.
-        writer.close()
-    assert line_of(process) == "done", process.communicate()[1]
-    assert process.wait(20) == 0
+    process = damage_gates_of_a_running_reader(shared_memory, start_program, "guarded", damage)
+    assert process.stderr is not None
+    assert process.returncode == 0, process.stderr.read()
+    assert line_of(process) == "done"
 
 
 def test_without_the_guard_a_shrunk_page_kills_its_reader(shared_memory: Path, start_program: Start) -> None:
     """Shows that the test above tests something."""
-    with GateWriter.create(shared_memory / "0", stage=0, num_stages=2) as writer:
-        process = start_program("spinner.py", shared_memory, 1, "unguarded")
-        assert line_of(process) == "0"
-        writer.open(time.monotonic_ns() + 5 * 10**9)
-        shrink(shared_memory / "0" / "page")
-        assert process.wait(20) == -signal.SIGBUS
+    process = damage_gates_of_a_running_reader(shared_memory, start_program, "unguarded", shrink)
+    assert process.returncode == -signal.SIGBUS
 
 
 @pytest.mark.parametrize("handler", ["default", "faulthandler"])
