@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,8 +59,19 @@ def open_for(writer: GateWriter, seconds: float) -> None:
 
 @pytest.fixture
 def writer(gate_directory: Path) -> Iterator[GateWriter]:
+    """A host whose heart beats: on a busy machine these tests take longer than heartbeats stay fresh."""
     with GateWriter.create(gate_directory, stage=0, num_stages=2) as writer:
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(0.5):
+                writer.heartbeat()
+
+        thread = threading.Thread(target=beat)
+        thread.start()
         yield writer
+        over.set()
+        thread.join()
 
 
 @pytest.fixture
