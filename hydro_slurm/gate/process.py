@@ -33,24 +33,31 @@ def is_alive(pid: int, ticks: int) -> bool:
     return found == 0 or (found == ticks and state not in "ZX")
 
 
-def preempted_ns(task: str = "thread-self") -> int:
+class Preemption:
     """How long a thread has been ready to run while others had its core, since its start.
 
-    Its present wait is counted when it ends. 0 where the kernel does not count.
+    Its present wait is counted when it ends. 0 where the kernel does not count, or the thread has ended.
 
     Args:
         task: Its name in /proc: the calling thread, or a process's number for that one's main thread.
     """
-    try:
-        descriptor = os.open(f"/proc/{task}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return 0
-    try:
-        return int(os.read(descriptor, 128).split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    finally:
-        os.close(descriptor)
+
+    def __init__(self, task: str = "thread-self") -> None:
+        try:
+            self._descriptor = os.open(f"/proc/{task}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._descriptor = -1
+
+    def __call__(self) -> int:
+        """In nanoseconds."""
+        try:
+            return int(os.pread(self._descriptor, 128, 0).split()[1])
+        except (OSError, ValueError, IndexError):
+            return 0
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
 
 class RunTime:
@@ -63,7 +70,8 @@ class RunTime:
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._began_ns = time.monotonic_ns()
-        self._cpu_ns, self._preempted_ns = _cpu_ns(pid), preempted_ns(str(pid))
+        self._preemption = Preemption(str(pid))
+        self._cpu_ns, self._preempted_ns = _cpu_ns(pid), self._preemption()
 
     def elapsed_ns(self) -> int:
         """Its time so far."""
@@ -74,7 +82,7 @@ class RunTime:
         if _state_and_start(self._pid)[0] == "R":
             # Running, or waiting for its turn: its processor time tells, its present wait is not counted yet.
             return cpu_ns - self._cpu_ns
-        return wall_ns - (preempted_ns(str(self._pid)) - self._preempted_ns)
+        return wall_ns - max(0, self._preemption() - self._preempted_ns)
 
 
 def _cpu_ns(pid: int) -> Optional[int]:

@@ -17,7 +17,7 @@ from hydro_slurm.errors import GateGoneError
 from hydro_slurm.gate.bundle_page import BundlePage
 from hydro_slurm.gate.estimate import CLIP_FACTOR, Margin, SiteEstimate
 from hydro_slurm.gate.layout import LEAVING, PAUSED, RUNNING, UNDIVIDED, WAKE_GONE, WAKE_OPEN
-from hydro_slurm.gate.process import preempted_ns
+from hydro_slurm.gate.process import Preemption
 from hydro_slurm.gate.reader import SLICE_S, WORD_INDEX, GateReader
 
 MARGIN_NS = 300_000
@@ -25,6 +25,9 @@ MARGIN_NS = 300_000
 
 TICK_NS = 10_000_000
 """A long run of quanta stops this often for its bookkeeping: heartbeat, estimates."""
+
+SLACK_NS = 10_000
+"""Added to each estimate: the slow way of a check costs more than it could learn from a difference like that."""
 
 _BEAT_NS = 250_000_000
 _UPDATES_PER_TICK = 2
@@ -61,7 +64,7 @@ class QuantumGate:
         poll: Optional[Callable[[], None]] = None,
         record_runs: bool = False,
         clock: Optional[Clock] = None,
-        preempted_ns: Callable[[], int] = preempted_ns,
+        preempted_ns: Optional[Callable[[], int]] = None,
     ) -> None:
         self.reader, self.page = reader, page
         self.poll = poll
@@ -71,7 +74,7 @@ class QuantumGate:
         self.num_quanta = 0
         """Checks since the start; each ended a quantum, or began the first."""
         self._now_ns = time.monotonic_ns if clock is None or isinstance(clock, SystemClock) else clock.monotonic_ns
-        self._preempted_ns = preempted_ns
+        self._preempted_ns = preempted_ns or Preemption()
         self._margin = Margin(margin_ns)
         self._sites: dict[int, SiteEstimate] = {}
         self._needs_ns: dict[int, int] = {}
@@ -97,7 +100,7 @@ class QuantumGate:
     @property
     def quantum_p99_ns(self) -> int:
         """The longest of all sites' estimates."""
-        return max(self._needs_ns.values())
+        return max(estimate.p99_ns for estimate in self._sites.values())
 
     def check(self, site: int = 0) -> None:
         """End one quantum and begin the next, as soon as the gate lets it.
@@ -137,6 +140,15 @@ class QuantumGate:
             self._pause(now)
             self._resume(None)
         self._begin_quantum(self._site)
+
+    def pause(self) -> None:
+        """Nothing is computed from now on: said at once, while the gate may still be open. `check` goes on."""
+        self._pause(self._now_ns())
+
+    def begin_leaving(self) -> None:
+        """What is computed from now on is the end: the supervisor no longer stops it, and gives it its grace."""
+        self._pause(self._now_ns())
+        self._publish(LEAVING)
 
     @contextlib.contextmanager
     def undivided(self) -> Iterator[None]:
@@ -181,7 +193,7 @@ class QuantumGate:
         preempted_ns = self._preempted_ns()
         quantum_ns = now - self._last_ns
         # The host takes the core when it wakes early; how long it keeps it says nothing about the quantum.
-        lost_ns = min(quantum_ns, preempted_ns - self._last_preempted_ns)
+        lost_ns = max(0, min(quantum_ns, preempted_ns - self._last_preempted_ns))
         self._last_preempted_ns = preempted_ns
         self._lost_ns += lost_ns
         own_ns = quantum_ns - lost_ns
@@ -211,6 +223,7 @@ class QuantumGate:
 
     def _pause(self, now: int) -> None:
         """Acknowledge. Idempotent."""
+        self._until_ns = 0
         if self._is_running:
             self._is_running = False
             end_ns = max(self._start_ns, now - self._lost_ns)
@@ -267,12 +280,12 @@ class QuantumGate:
         estimate = self._sites.get(site)
         if estimate is None:
             estimate = self._sites[site] = SiteEstimate()
-            self._needs_ns[site] = estimate.p99_ns
+            self._needs_ns[site] = estimate.p99_ns + SLACK_NS
             self._stalest.append(site)
         return estimate
 
     def _update(self, site: int) -> None:
-        self._needs_ns[site] = self._sites[site].update()
+        self._needs_ns[site] = self._sites[site].update() + SLACK_NS
 
     def _publish(self, state: int) -> None:
         page = self.page

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from hydro_slurm.gate.layout import (
     OPEN,
     PAGE_BYTES,
     PAGE_NAME,
+    RECORD_OFFSET,
     STATE_BITS,
     STATE_MASK,
     STATE_NAMES,
@@ -55,6 +55,7 @@ WORD_INDEX = WORD_OFFSET // 4
 _FUTURE_NS = 1_000_000_000
 _LOOK_ATTEMPTS = 4
 _NO_WORD = -1
+_HEAD = head_bytes(GATE_MAGIC)
 
 
 @dataclass(frozen=True)
@@ -279,21 +280,25 @@ class GateReader:
     def _read_page(self) -> tuple[int, int, Optional[tuple[int, ...]]]:
         """Word, heartbeat, and the record where it was not being written."""
         descriptor = self._descriptor
+        page = b""
+
+        def read_at(num_bytes: int, offset: int) -> bytes:
+            nonlocal page
+            if offset != RECORD_OFFSET:
+                return os.pread(descriptor, num_bytes, offset)
+            page = os.pread(descriptor, RECORD_OFFSET + num_bytes, 0)  # with all that lies before it, by one call
+            return page[RECORD_OFFSET:]
+
         try:
-            num_links = os.fstat(descriptor).st_nlink
-            head = os.pread(descriptor, HEARTBEAT_OFFSET + HEARTBEAT.size, 0)
-            record = read_sequenced(lambda num_bytes, offset: os.pread(descriptor, num_bytes, offset), LEASE.size)
-            word = WORD.unpack_from(head, WORD_OFFSET)[0]
-            heartbeat_ns = HEARTBEAT.unpack_from(head, HEARTBEAT_OFFSET)[0]
-        except (OSError, EOFError, struct.error) as error:
+            record = read_sequenced(read_at, LEASE.size)
+        except (OSError, EOFError) as error:
             raise GateGoneError(f"{self.path} is no longer a gate's page: {error}") from None
-        if num_links == 0:
-            raise GateGoneError(f"{self.path} has been deleted")
-        if head[: HEAD.size] != head_bytes(GATE_MAGIC):
+        if page[: HEAD.size] != _HEAD:
             raise GateGoneError(f"{self.path} is not a gate's page of this version of hydro_slurm")
+        word = WORD.unpack_from(page, WORD_OFFSET)[0]
         if word & STATE_MASK not in (CLOSED, OPEN):
             raise GateGoneError(f"the host of {self.path} has left")
-        return word, heartbeat_ns, None if record is None else LEASE.unpack(record)
+        return word, HEARTBEAT.unpack_from(page, HEARTBEAT_OFFSET)[0], None if record is None else LEASE.unpack(record)
 
     def _judge(self, word: int, heartbeat_ns: int, is_stale: bool, lease: tuple[int, ...]) -> GateSnapshot:
         _, _, opened_at_ns, deadline_ns, open_for_ns, free_bytes = lease[:6]
@@ -305,6 +310,9 @@ class GateReader:
         if word & STATE_MASK == OPEN and self.now_ns() < until_ns:
             state = OPEN
             self.open_word, self.until_ns = word, until_ns
+        elif os.fstat(self._descriptor).st_nlink == 0:
+            # Not asked in an open gate, where every microsecond counts: leases end soon.
+            raise GateGoneError(f"{self.path} has been deleted")
         return GateSnapshot(
             word,
             STATE_NAMES[state],

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hydro_slurm.gate.process import RunTime, is_alive, preempted_ns, start_ticks
+from hydro_slurm.gate.process import Preemption, RunTime, is_alive, start_ticks
 
 SPIN = "import os, time\nos.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\nos.nice({nice})\nwhile True: pass"
 
@@ -37,7 +37,8 @@ def test_waiting_for_a_core_is_not_charged() -> None:
     spinners = [subprocess.Popen([sys.executable, "-c", SPIN.format(nice=nice)]) for nice in (19, 0)]
     try:
         end_s = time.monotonic() + 20
-        while preempted_ns(str(spinners[0].pid)) < 200_000_000 and time.monotonic() < end_s:
+        preemption = Preemption(str(spinners[0].pid))
+        while preemption() < 200_000_000 and time.monotonic() < end_s:
             time.sleep(0.01)
         run_time, began_ns = RunTime(spinners[0].pid), time.monotonic_ns()
         time.sleep(0.5)
@@ -61,6 +62,7 @@ def test_waiting_for_anything_else_is_charged() -> None:
 
 
 def test_own_preemption_only_grows() -> None:
-    before = preempted_ns()
-    assert 0 <= before <= preempted_ns()
-    assert preempted_ns(str(1 << 40)) == 0
+    preemption = Preemption()
+    before = preemption()
+    assert 0 <= before <= preemption()
+    assert Preemption(str(1 << 40))() == 0

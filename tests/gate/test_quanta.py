@@ -295,6 +295,26 @@ def test_code_that_is_no_quantum_teaches_nothing(bench: Bench) -> None:
     assert gate.quantum_p99_ns == need_ns
 
 
+def test_resting_in_an_open_gate(bench: Bench) -> None:
+    """A bundle that waits for something else says so, and goes on at its next check without having learned from it."""
+    gate = bench.gate(record_runs=True)
+    bench.plan(1, 20)
+    for _ in range(3):
+        gate.check()
+        bench.compute(0.5)
+    gate.pause()
+    assert bench.said().state == PAUSED
+    bench.compute(0.1)
+    gate.check()
+    assert bench.said().state == RUNNING
+    bench.compute(0.5)
+    gate.begin_leaving()
+    assert bench.said().state == LEAVING
+    assert gate.compute_ns == 2 * MS
+    assert gate.runs is not None
+    assert [run.num_quanta for run in gate.runs] == [2, 0]
+
+
 def test_undivided_work_says_so(bench: Bench) -> None:
     gate = bench.gate()
     bench.plan(3, 20)

@@ -272,6 +272,16 @@ class TestEnd:
         assert reader.state() == "gone"
         assert "deleted" in reader.gone_reason
 
+    def test_page_deleted_in_an_open_gate(
+        self, gate_directory: Path, writer: GateWriter, reader: GateReader, clock: ManualClock
+    ) -> None:
+        writer.open(clock.monotonic_ns() + 50 * MS)
+        (gate_directory / "page").unlink()
+        assert reader.may_run(0), "the host has said so"
+        clock.advance(0.05)
+        assert not reader.may_run(0)
+        assert reader.gone_reason
+
     @settings(max_examples=200, deadline=None)
     @given(noise=st.binary(min_size=1, max_size=PAGE_BYTES), offset=st.integers(0, 220))
     def test_noise_never_crashes_and_the_lease_stays_bounded(
