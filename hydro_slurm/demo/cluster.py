@@ -14,6 +14,7 @@ from hydro_slurm.errors import FormatError, HydroError
 from hydro_slurm.examples import example_path
 from hydro_slurm.model import HOST_COMMENT, SlotReport
 from hydro_slurm.slurm import BatchRequest, CommandLineClient, Step
+from hydro_slurm.study.bundle_files import BundleFiles
 from hydro_slurm.study.report import StudyStatus, StudySummary, read_status, read_summary
 from hydro_slurm.testbed import Testbed
 
@@ -36,6 +37,11 @@ class DemoPaths:
     def records(self) -> Path:
         """The host's timelines and blocks."""
         return self.root / "host"
+
+    @property
+    def start_file(self) -> Path:
+        """The host job begins with the measured blocks once this exists."""
+        return self.root / "host" / "start"
 
     @property
     def stop_file(self) -> Path:
@@ -87,7 +93,7 @@ class DemoCluster:
         """Submit the pipeline-parallel training job: one stage per node."""
         script = example_path("char_gpt_pipeline.py")
         command = [sys.executable, str(script), "--timeline-dir", str(self.paths.records)]
-        command += ["--stop-file", str(self.paths.stop_file), *arguments]
+        command += [f"--start-file={self.paths.start_file}", f"--stop-file={self.paths.stop_file}", *arguments]
         return self.client.submit(
             BatchRequest(
                 argv=["srun", *command],
@@ -136,6 +142,16 @@ class DemoCluster:
     def summary(self) -> StudySummary | None:
         """The study's outcome, once it has one."""
         return read_summary(self.study_dir)
+
+    def bundles_at_work(self) -> int:
+        """How many bundles train lanes now."""
+        bundles = self.study_dir / "bundles"
+        found = [BundleFiles(path).progress() for path in bundles.iterdir()] if bundles.is_dir() else []
+        return sum(progress is not None and progress.state == "running" for progress in found)
+
+    def start_measuring(self) -> None:
+        """Let the host job begin with the measured blocks."""
+        self._run_as_user(["touch", str(self.paths.start_file)])
 
     def stop_host(self) -> None:
         """Let the host job end at its next block."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hydro_slurm.demo.cluster import DemoCluster, Evidence
+from hydro_slurm.demo.cluster import NUM_STAGES, DemoCluster, Evidence
 from hydro_slurm.demo.summary import make_summary, table
 from hydro_slurm.errors import HydroError
 from hydro_slurm.testbed import Testbed, TestbedSpec
@@ -25,7 +25,7 @@ class DemoSettings:
 
     output: Path
     num_nodes: int = 4
-    num_trials: int = 32
+    num_trials: int = 64
     block_iterations: int = 6
     exclusive_s: float = 1.5
     limit_s: float = 900.0
@@ -111,6 +111,9 @@ class _Run:
         self.progress.say(
             f"study job {self.study_job_id} submitted: {settings.num_trials} trials on scikit-learn's digits"
         )
+        self._wait_for("both slots to have a bundle at work", self._bundles_at_work)
+        self.progress.say("a bundle is at work in each slot; the measured blocks begin")
+        cluster.start_measuring()
         study = self._wait_for("the study to finish", self._study_done)
         self.progress.say("study finished; the host job ends at its next block")
         cluster.stop_host()
@@ -129,6 +132,10 @@ class _Run:
             f"host job {self._state(self.host_job_id, 'RUNNING', 'PENDING')}: {len(ready)} slots offered"
         )
         return len(ready) == 2
+
+    def _bundles_at_work(self) -> bool:
+        done = bool(self._study_done())
+        return done or self.cluster.bundles_at_work() >= NUM_STAGES
 
     def _study_done(self) -> Any:
         self._state(self.host_job_id, "RUNNING")

@@ -7,8 +7,8 @@ from pathlib import Path
 from hydro_slurm.errors import SlurmError, SlurmNotFoundError
 from hydro_slurm.model import BundleSpec
 from hydro_slurm.slurm import SlurmClient, StepProcess, StepRequest
-from hydro_slurm.study.local_process import LocalProcess
 from hydro_slurm.study.description import StudyRecord
+from hydro_slurm.study.local_process import LocalProcess
 
 
 class BundleLauncher:

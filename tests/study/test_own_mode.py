@@ -73,6 +73,7 @@ def test_a_bundle_that_is_killed_loses_no_trial(desk: Workbench) -> None:
         desk.study_file(steps=3000), "--own-allocation=never", "--checkpoint-every-s=0.5"
     )
     progress = desk.wait("a bundle under way", lambda: running_progress(directory, 600))
+    assert Path(f"/proc/{progress.pid}/oom_score_adj").read_text().strip() == "1000", "the host would die first"
     os.kill(progress.pid, signal.SIGKILL)
     summary = desk.wait_summary(directory, job_id)
     check_counted_once(directory, summary, 8)

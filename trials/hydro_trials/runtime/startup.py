@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TypeVar
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,14 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
+def die_first_without_memory() -> None:
+    """When the node runs out of memory, the kernel is to end this process, not the host."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    except OSError as error:
+        logger.warning("cannot volunteer for the out-of-memory killer: %s", error.strerror)
 
 
 def run_yielding(work: Callable[[], T]) -> T:

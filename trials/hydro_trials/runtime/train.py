@@ -16,7 +16,7 @@ from hydro_slurm.errors import GateGoneError, HydroError
 from hydro_slurm.model import BundleSpec
 from hydro_trials.runtime.bundle_dir import BundleDir
 from hydro_trials.runtime.gating import BubbleSlotGate, BundleGate, OwnSlotGate, SlotGate
-from hydro_trials.runtime.startup import bind_to_cpus, keep_freed_memory, run_yielding
+from hydro_trials.runtime.startup import bind_to_cpus, die_first_without_memory, keep_freed_memory, run_yielding
 
 if TYPE_CHECKING:
     from hydro_trials.runtime.worker import BundleWorker
@@ -37,6 +37,8 @@ def train(directory: Path) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
     bind_to_cpus(spec.slot.device.cpus)
     keep_freed_memory()
+    if spec.slot.kind == "bubble":
+        die_first_without_memory()
     try:
         slot_gate: SlotGate
         if spec.slot.gate_dir is not None:
