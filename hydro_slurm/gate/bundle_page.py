@@ -22,12 +22,14 @@ from hydro_slurm.gate.layout import (
     LEAVING,
     PAGE_NAME,
     UNDIVIDED,
+    WORD_AND_HEARTBEAT,
+    WORD_OFFSET,
     head_bytes,
     require_little_endian,
 )
 from hydro_slurm.gate.page_file import create_page, names_this
 from hydro_slurm.gate.process import start_ticks
-from hydro_slurm.gate.seqlock import SequencedWriter, read_sequenced
+from hydro_slurm.gate.seqlock import SequencedWriter, read_page
 from hydro_slurm.model import NAME_PATTERN
 
 
@@ -35,21 +37,21 @@ from hydro_slurm.model import NAME_PATTERN
 class BundleSnapshot:
     """What a bundle says of itself."""
 
-    pid: int
     state: int
     """UNDIVIDED, RUNNING, PAUSED or LEAVING of `layout`."""
     acknowledged_word: int
+    heartbeat_ns: int
+    pid: int
     num_lanes: int
     start_ticks: int
     quantum_p99_ns: int
-    heartbeat_ns: int
     overruns: int
     num_quanta: int
     compute_ns: int
 
 
 class BundlePage:
-    """The bundle's side: set the attributes, then `publish` (a few microseconds)."""
+    """The bundle's side: set the attributes, then `publish` (four system calls) or `publish_state` (one)."""
 
     def __init__(self, path: Path, descriptor: int, clock: Clock) -> None:
         self.path = path
@@ -90,17 +92,20 @@ class BundlePage:
         """Write what the attributes say, with a fresh heartbeat."""
         record = BUNDLE.pack(
             self._pid,
-            self.state,
-            self.acknowledged_word,
             self.num_lanes,
             self._start_ticks,
             self.quantum_p99_ns,
-            self._now_ns(),
             self.overruns,
             self.num_quanta,
             self.compute_ns,
         )
         self._record.write(record)
+        self.publish_state()
+
+    def publish_state(self) -> None:
+        """Write `state` and `acknowledged_word`, with a fresh heartbeat."""
+        words = WORD_AND_HEARTBEAT.pack(self.state, self.acknowledged_word, self._now_ns())
+        os.pwrite(self._descriptor, words, WORD_OFFSET)
 
     def close(self) -> None:
         """Say LEAVING and remove the page; the descriptor goes with the object."""
@@ -143,12 +148,14 @@ class BundlePageReader:
         try:
             if os.fstat(descriptor).st_nlink == 0:
                 raise GateGoneError(f"{self.path} has been deleted")
-            if os.pread(descriptor, HEAD.size, 0) != head_bytes(BUNDLE_MAGIC):
-                raise GateGoneError(f"{self.path} is not a bundle's page of this version of hydro_slurm")
-            record = read_sequenced(lambda num_bytes, offset: os.pread(descriptor, num_bytes, offset), BUNDLE.size)
+            page, record = read_page(descriptor, BUNDLE.size)
         except (OSError, EOFError) as error:
             raise GateGoneError(f"{self.path} is no longer a bundle's page: {error}") from None
-        return None if record is None else BundleSnapshot(*BUNDLE.unpack(record))
+        if page[: HEAD.size] != head_bytes(BUNDLE_MAGIC):
+            raise GateGoneError(f"{self.path} is not a bundle's page of this version of hydro_slurm")
+        if record is None:
+            return None
+        return BundleSnapshot(*WORD_AND_HEARTBEAT.unpack_from(page, WORD_OFFSET), *BUNDLE.unpack(record))
 
     def close(self) -> None:
         """Close the file."""

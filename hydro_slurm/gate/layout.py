@@ -4,7 +4,8 @@ Little-endian, fixed offsets, versioned. A page is 4096 bytes:
 
     offset 0    head: magic, version, page size; written once, before the page gets its name
     offset 64   word: epoch << 2 | state, 32 bits, on which readers wait by futex; with the heartbeat beside it,
-                outside the seqlock, so that any thread of the host may beat
+                outside the seqlock, so that any thread of the host may beat. On a bundle's page: its state, the
+                gate's word that it last acted upon, its heartbeat; so that pausing costs one system call
     offset 128  sequence (odd while the record is being written), then the record
 
 `python -m hydro_slurm.gate.layout --c-header` prints the same as a C header. Standard library only, Python 3.9.
@@ -72,12 +73,9 @@ LEASE_FIELDS = (
 
 BUNDLE_FIELDS = (
     Field("pid", "int32_t", "the bundle"),
-    Field("state", "uint32_t", "0 undivided, 1 running, 2 paused, 3 leaving"),
-    Field("acknowledged_word", "uint32_t", "the gate's word that the bundle last acted upon"),
     Field("num_lanes", "uint32_t", "fusion count"),
     Field("start_ticks", "uint64_t", "start time of the bundle: field 22 of /proc/PID/stat"),
     Field("quantum_p99_ns", "int64_t", "99th percentile of recent quanta, the largest of all check sites"),
-    Field("heartbeat_ns", "int64_t", "CLOCK_MONOTONIC"),
     Field("overruns", "uint64_t", "quanta that ended after their deadline"),
     Field("num_quanta", "uint64_t", "quanta since the start"),
     Field("compute_ns", "uint64_t", "time between resume and pause, since the start"),
@@ -92,6 +90,7 @@ def record_struct(fields: tuple[Field, ...]) -> struct.Struct:
 HEAD = struct.Struct("<8sII")
 WORD = struct.Struct("<I")
 WORD_AND_HEARTBEAT = struct.Struct("<IIq")
+"""At `WORD_OFFSET`: word, 0, heartbeat; on a bundle's page state, acknowledged word, heartbeat."""
 HEARTBEAT = struct.Struct("<q")
 SEQUENCE = struct.Struct("<Q")
 LEASE = record_struct(LEASE_FIELDS)
@@ -158,8 +157,8 @@ def c_header() -> str:
     for kind, members in (("hydro_state", states), ("hydro_bundle_state", bundle_states)):
         lines += ["", f"enum {kind} {{ " + ", ".join(f"{name} = {value}" for name, value in members) + " };"]
     lines += _c_record("hydro_lease", LEASE_FIELDS) + _c_record("hydro_bundle", BUNDLE_FIELDS)
-    lines += _c_page("hydro_gate_page", "hydro_lease", LEASE.size)
-    lines += _c_page("hydro_bundle_page", "hydro_bundle", BUNDLE.size)
+    lines += _c_page("hydro_gate_page", ("word", "reserved_1"), "hydro_lease", LEASE.size)
+    lines += _c_page("hydro_bundle_page", ("state", "acknowledged_word"), "hydro_bundle", BUNDLE.size)
     lines += ["", "#endif", ""]
     return "\n".join(lines)
 
@@ -174,16 +173,17 @@ def _c_record(name: str, fields: tuple[Field, ...]) -> list[str]:
     return lines
 
 
-def _c_page(name: str, record: str, record_bytes: int) -> list[str]:
+def _c_page(name: str, words: tuple[str, str], record: str, record_bytes: int) -> list[str]:
     """Gaps are filled up so that each member lies at its offset."""
     end = RECORD_OFFSET + record_bytes
+    first, second = words
     members = (
         ("char magic[8]", "magic", 0),
         ("uint32_t version", "version", 8),
         ("uint32_t page_bytes", "page_bytes", 12),
         (f"uint8_t reserved_0[{WORD_OFFSET - HEAD.size}]", "reserved_0", HEAD.size),
-        ("uint32_t word", "word", WORD_OFFSET),
-        ("uint32_t reserved_1", "reserved_1", WORD_OFFSET + 4),
+        (f"uint32_t {first}", first, WORD_OFFSET),
+        (f"uint32_t {second}", second, WORD_OFFSET + 4),
         ("int64_t heartbeat_ns", "heartbeat_ns", HEARTBEAT_OFFSET),
         (f"uint8_t reserved_2[{SEQUENCE_OFFSET - HEARTBEAT_OFFSET - 8}]", "reserved_2", HEARTBEAT_OFFSET + 8),
         ("uint64_t sequence", "sequence", SEQUENCE_OFFSET),

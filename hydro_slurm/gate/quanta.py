@@ -42,6 +42,13 @@ class Run(NamedTuple):
     num_quanta: int
 
 
+class _Needs(dict[int, int]):
+    """Estimate of each check site, with its slack. A site that has not been seen yet goes the slow way."""
+
+    def __missing__(self, site: int) -> int:
+        return _FOREVER_NS
+
+
 class QuantumGate:
     """Holds one bundle to its gate. For one thread: the one that computes.
 
@@ -77,11 +84,12 @@ class QuantumGate:
         self._preempted_ns = preempted_ns or Preemption()
         self._margin = Margin(margin_ns)
         self._sites: dict[int, SiteEstimate] = {}
-        self._needs_ns: dict[int, int] = {}
+        self._needs_ns = _Needs()
         self._stalest: deque[int] = deque()
         """Sites in the order in which their estimates are computed anew."""
-        self._site = 0
-        self._current = self._site_of(0)
+        self._site_of(0)
+        self._site, self._need_ns, self._add_sample = 0, self._needs_ns[0], self._sites[0].add
+        """Where the present quantum began; its estimate; where to put its duration."""
         self._words = reader.words
         self._open_word, self._until_ns = -1, 0
         """The lease. `_until_ns` is its end less the margin, or the next tick; 0 sends the next check the slow way."""
@@ -117,13 +125,13 @@ class QuantumGate:
         self.num_quanta += 1
         if (
             self._words[WORD_INDEX] == self._open_word
-            and now + self._needs_ns.get(site, _FOREVER_NS) < self._until_ns
-            and quantum_ns <= self._needs_ns[self._site]
+            and now + self._needs_ns[site] < self._until_ns
+            and quantum_ns <= self._need_ns
         ):
-            self._current.add(quantum_ns)
+            self._add_sample(quantum_ns)
             self._last_ns = now
             if site != self._site:
-                self._site, self._current = site, self._sites[site]
+                self._site, self._need_ns, self._add_sample = site, self._needs_ns[site], self._sites[site].add
             return
         self._check_slowly(now, site)
 
@@ -197,7 +205,7 @@ class QuantumGate:
         self._last_preempted_ns = preempted_ns
         self._lost_ns += lost_ns
         own_ns = quantum_ns - lost_ns
-        estimate, need_ns = self._current, self._needs_ns[self._site]
+        estimate, need_ns = self._sites[self._site], self._need_ns
         if now - lost_ns > self._deadline_ns:
             self.overruns += 1
             self._overran = True
@@ -215,7 +223,7 @@ class QuantumGate:
 
     def _begin_quantum(self, site: int) -> None:
         """Take over the reader's lease and start the quantum's time."""
-        self._site, self._current = site, self._sites[site]
+        self._site, self._need_ns, self._add_sample = site, self._needs_ns[site], self._sites[site].add
         self._open_word = self.reader.open_word
         self._deadline_ns = self.reader.until_ns
         self._last_ns = now = self._now_ns()
@@ -232,7 +240,7 @@ class QuantumGate:
                 self.runs.append(Run(self._start_ns, end_ns, self.num_quanta - self._start_quanta))
             if not self._overran:
                 self._margin.clean()
-        self._publish(PAUSED)
+        self._publish_state(PAUSED)
 
     def _resume(self, site: Optional[int]) -> None:
         """Sleep until the gate is open for the quanta of `site` (or, without one, for anything), and start a run."""
@@ -252,7 +260,7 @@ class QuantumGate:
         self._overran = False
         self._lost_ns = 0
         self._last_preempted_ns = self._preempted_ns()
-        self._publish(RUNNING)
+        self._publish_state(RUNNING)
 
     def _wait(self, site: Optional[int]) -> None:
         used_word = self._open_word
@@ -287,10 +295,14 @@ class QuantumGate:
     def _update(self, site: int) -> None:
         self._needs_ns[site] = self._sites[site].update() + SLACK_NS
 
+    def _publish_state(self, state: int) -> None:
+        """At every pause and resume: nothing but what the supervisor must know at once."""
+        self.page.state, self.page.acknowledged_word = state, self._words[WORD_INDEX]
+        self.page.publish_state()
+
     def _publish(self, state: int) -> None:
         page = self.page
-        page.state = state
-        page.acknowledged_word = self._words[WORD_INDEX]
+        page.state, page.acknowledged_word = state, self._words[WORD_INDEX]
         page.quantum_p99_ns = self.quantum_p99_ns
         page.overruns, page.num_quanta, page.compute_ns = self.overruns, self.num_quanta, self.compute_ns
         page.publish()

@@ -29,7 +29,6 @@ from hydro_slurm.gate.layout import (
     OPEN,
     PAGE_BYTES,
     PAGE_NAME,
-    RECORD_OFFSET,
     STATE_BITS,
     STATE_MASK,
     STATE_NAMES,
@@ -41,7 +40,7 @@ from hydro_slurm.gate.layout import (
     require_little_endian,
 )
 from hydro_slurm.gate.process import is_alive
-from hydro_slurm.gate.seqlock import read_sequenced
+from hydro_slurm.gate.seqlock import read_page
 from hydro_slurm.gate.sigbus import guard, release
 
 STALE_S = 5.0
@@ -279,18 +278,8 @@ class GateReader:
 
     def _read_page(self) -> tuple[int, int, Optional[tuple[int, ...]]]:
         """Word, heartbeat, and the record where it was not being written."""
-        descriptor = self._descriptor
-        page = b""
-
-        def read_at(num_bytes: int, offset: int) -> bytes:
-            nonlocal page
-            if offset != RECORD_OFFSET:
-                return os.pread(descriptor, num_bytes, offset)
-            page = os.pread(descriptor, RECORD_OFFSET + num_bytes, 0)  # with all that lies before it, by one call
-            return page[RECORD_OFFSET:]
-
         try:
-            record = read_sequenced(read_at, LEASE.size)
+            page, record = read_page(self._descriptor, LEASE.size)
         except (OSError, EOFError) as error:
             raise GateGoneError(f"{self.path} is no longer a gate's page: {error}") from None
         if page[: HEAD.size] != _HEAD:

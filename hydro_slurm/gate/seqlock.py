@@ -38,6 +38,26 @@ class SequencedWriter:
         self._sequence = sequence + 2
 
 
+def read_page(descriptor: int, record_bytes: int) -> tuple[bytes, Optional[bytes]]:
+    """What lies before the record, read by the same system call as it; and the record (None as in `read_sequenced`).
+
+    Raises:
+        EOFError: The file is shorter than a page has to be.
+        OSError: It cannot be read.
+    """
+    page = b""
+
+    def read_at(num_bytes: int, offset: int) -> bytes:
+        nonlocal page
+        if offset != RECORD_OFFSET:
+            return os.pread(descriptor, num_bytes, offset)
+        page = os.pread(descriptor, RECORD_OFFSET + num_bytes, 0)
+        return page[RECORD_OFFSET:]
+
+    record = read_sequenced(read_at, record_bytes)
+    return page, record
+
+
 def read_sequenced(read_at: ReadAt, num_bytes: int) -> Optional[bytes]:
     """A whole record, or None where each attempt met a write in progress.
 

@@ -34,7 +34,7 @@ def test_offsets_that_other_versions_rely_on() -> None:
     assert (layout.WORD_OFFSET, layout.HEARTBEAT_OFFSET) == (64, 72)
     assert (layout.SEQUENCE_OFFSET, layout.RECORD_OFFSET) == (128, 136)
     assert layout.offsets(layout.LEASE_FIELDS)["deadline_ns"] == 152
-    assert layout.offsets(layout.BUNDLE_FIELDS)["acknowledged_word"] == 144
+    assert layout.offsets(layout.BUNDLE_FIELDS)["quantum_p99_ns"] == 152
     assert layout.word_of(5, layout.OPEN) == 21
     assert layout.word_of((1 << 30) + 1, layout.GONE) == 6
 
@@ -54,6 +54,7 @@ def test_c_header_compiles_and_reads_the_same(gate_directory: Path, tmp_path: Pa
         writer.open(clock.monotonic_ns() + 5_000_000, iteration=77, free_bytes=3 << 33)
         bundle = BundlePage.create(gate_directory, "b1", clock=clock)
         bundle.state, bundle.num_lanes, bundle.quantum_p99_ns, bundle.compute_ns = layout.PAUSED, 9, -7, 1 << 40
+        bundle.acknowledged_word = writer.word
         bundle.publish()
         gate = GateReader.attach(gate_directory, clock=clock).snapshot()
         printed = subprocess.run(
@@ -65,7 +66,7 @@ def test_c_header_compiles_and_reads_the_same(gate_directory: Path, tmp_path: Pa
     expected = (gate.word, gate.word, gate.heartbeat_ns, gate.opened_at_ns, gate.deadline_ns, gate.free_bytes)
     expected += (gate.iteration, gate.stage, gate.num_stages, gate.pid, gate.start_ticks)
     assert [int(number) for number in printed[0].split()] == list(expected)
-    assert [int(number) for number in printed[1].split()] == [1, 9, -7, 1 << 40, 1]
+    assert [int(number) for number in printed[1].split()] == [1, 9, -7, 1 << 40, 1, 1]
     assert (gate.iteration, gate.stage, gate.num_stages, gate.free_bytes) == (77, 1, 4, 3 << 33)
 
 

@@ -21,8 +21,8 @@ int main(int argc, char **argv)
 	       gate.word, gate.record.lease_word, gate.heartbeat_ns, gate.record.opened_at_ns, gate.record.deadline_ns,
 	       gate.record.free_bytes, gate.record.iteration, gate.record.stage, gate.record.num_stages, gate.record.pid,
 	       gate.record.start_ticks);
-	printf("%d %" PRIu32 " %" PRId64 " %" PRIu64 " %d\n", bundle.record.state == HYDRO_BUNDLE_PAUSED,
+	printf("%d %" PRIu32 " %" PRId64 " %" PRIu64 " %d %d\n", bundle.state == HYDRO_BUNDLE_PAUSED,
 	       bundle.record.num_lanes, bundle.record.quantum_p99_ns, bundle.record.compute_ns,
-	       (gate.word & HYDRO_STATE_MASK) == HYDRO_OPEN);
+	       (gate.word & HYDRO_STATE_MASK) == HYDRO_OPEN, bundle.acknowledged_word == gate.word);
 	return 0;
 }
