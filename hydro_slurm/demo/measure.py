@@ -30,18 +30,17 @@ NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A run of iterations of one arm on one rank. Iterations are (start_ns, dur_ns)."""
+    """A run of iterations of one arm on one rank.
+
+    Iterations are (start_ns, dur_ns). Left out are the first, in which the arm before still echoes, and those in
+    which the host's own guard kept the gates closed as its control.
+    """
 
     arm: str
     round: int
     start_ns: int
     end_ns: int
     iterations: tuple[tuple[int, int], ...]
-
-    @property
-    def settled(self) -> tuple[tuple[int, int], ...]:
-        """All iterations but the first, in which the arm before still echoes."""
-        return self.iterations[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,8 @@ def read_blocks(path: Path) -> tuple[Block, ...]:
             break
         try:
             found = json.loads(line)
-            iterations = tuple((int(i["start_ns"]), int(i["dur_ns"])) for i in found["iterations"])
+            settled = [i for i in found["iterations"][1:] if not i.get("control", False)]
+            iterations = tuple((int(i["start_ns"]), int(i["dur_ns"])) for i in settled)
             blocks.append(
                 Block(found["arm"], int(found["round"]), int(found["start_ns"]), int(found["end_ns"]), iterations)
             )
@@ -152,7 +152,7 @@ def _tenths(block: Block) -> list[tuple[int, int]]:
 
 def iteration_ms(records: Sequence[RankRecord], arm: str, positions: Sequence[int]) -> float:
     """Median iteration time of an arm's blocks, in ms."""
-    durations = [dur for position in positions for _, dur in records[0].blocks[position].settled]
+    durations = [dur for position in positions for _, dur in records[0].blocks[position].iterations]
     return float(np.median(durations)) / 1e6 if durations else float("nan")
 
 
@@ -186,7 +186,7 @@ def _by_round(records: Sequence[RankRecord], arm: str, positions: Sequence[int])
     found: dict[int, list[int]] = {}
     for position in positions:
         block = records[0].blocks[position]
-        found.setdefault(block.round, []).extend(dur for _, dur in block.settled)
+        found.setdefault(block.round, []).extend(dur for _, dur in block.iterations)
     return {number: np.array(durations) for number, durations in found.items() if durations}
 
 
@@ -203,7 +203,7 @@ def bubble_ratio(records: Sequence[RankRecord]) -> float:
     """Part of the host's time alone that is bubble, averaged over its slots."""
     shares = []
     for record in records:
-        spans = [span for block in record.blocks if block.arm == "alone" for span in block.settled]
+        spans = [span for block in record.blocks if block.arm == "alone" for span in block.iterations]
         bubble_ns = sum(covered_ns(record.gaps, start, start + dur) for start, dur in spans)
         shares.append(bubble_ns / max(sum(dur for _, dur in spans), 1))
     return float(np.mean(shares))
@@ -217,8 +217,8 @@ def bubble_used(records: Sequence[RankRecord]) -> float:
     positions = busy_blocks(records, "bubbles")
     shares = []
     for record in records:
-        alone = [span for block in record.blocks if block.arm == "alone" for span in block.settled]
-        shared = [span for position in positions for span in record.blocks[position].settled]
+        alone = [span for block in record.blocks if block.arm == "alone" for span in block.iterations]
+        shared = [span for position in positions for span in record.blocks[position].iterations]
         if not alone or not shared:
             raise FormatError("no iterations alone, or none in bubbles with busy bundles, were recorded")
         inside = intersect(record.runs, record.gaps)

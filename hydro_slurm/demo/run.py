@@ -98,7 +98,7 @@ class _Run:
         self.host_job_id = cluster.submit_host(
             f"--arms=alone,bubbles,bubbles,bubbles,colocated,exclusive --seed={settings.seed} "
             f"--block-iterations={settings.block_iterations} --exclusive-s={settings.exclusive_s} "
-            "--report-every-s=2 --iterations=1000000".split()
+            "--report-every-s=2 --max-slowdown=0.02 --iterations=1000000".split()
         )
         self.progress.say(f"host job {self.host_job_id} submitted: a character-level GPT in 2 pipeline stages, 1F1B")
         self._wait_for("the host job to learn its bubbles", self._slots_offered)
