@@ -186,15 +186,20 @@ class QuantumGate:
         self._site_of(site)
         state = self.reader.look()
         fits = state == "open" and now + self._needs_ns[site] + self._margin.value_ns < self.reader.until_ns
-        if not (fits and self._is_running):
+        if fits and self._is_running:
+            self._tick(now)
+        else:
             self._pause(now)
             self._resume(site)
-        elif now - self._beat_ns >= _BEAT_NS:
+        self._begin_quantum(site)
+
+    def _tick(self, now: int) -> None:
+        """Bookkeeping, while the device is ours."""
+        if now - self._beat_ns >= _BEAT_NS:
             self._publish(RUNNING)
         for _ in range(min(_UPDATES_PER_TICK, len(self._stalest))):
             self._update(self._stalest[0])
             self._stalest.rotate(-1)
-        self._begin_quantum(site)
 
     def _end_quantum(self, now: int) -> None:
         """Learn from a quantum that is not plain: the first of a run, a long one, a late one, or the last."""
