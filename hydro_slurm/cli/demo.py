@@ -19,9 +19,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for summary.json (%(default)s)")
     parser.add_argument("--nodes", type=int, default=4, help="nodes of the cluster (%(default)s)")
-    parser.add_argument("--trials", type=int, default=64, help="trials of the study (%(default)s)")
+    parser.add_argument("--trials", type=int, default=112, help="trials of the study (%(default)s)")
     parser.add_argument(
-        "--block-iterations", type=int, default=6, help="host iterations in each measured block (%(default)s)"
+        "--block-iterations", type=int, default=5, help="host iterations in each measured block (%(default)s)"
     )
     parser.add_argument("--limit-s", type=float, default=900.0, help="give up after this (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="order of the measured blocks (%(default)s)")
@@ -33,8 +33,8 @@ def _demo(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--nodes must be at least 3 (two stages and the study), got {arguments.nodes}")
     if arguments.trials < 4:
         raise ConfigError(f"--trials must be at least 4, got {arguments.trials}")
-    if arguments.block_iterations < 2:
-        raise ConfigError(f"--block-iterations must be at least 2, got {arguments.block_iterations}")
+    if arguments.block_iterations < 3:
+        raise ConfigError(f"--block-iterations must be at least 3, got {arguments.block_iterations}")
     run_demo(
         DemoSettings(
             output=arguments.output,

@@ -9,7 +9,7 @@ monotonic clock of their node. Nothing here knows where the records come from: a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,8 +129,9 @@ def intersect(left: Intervals, right: Intervals) -> Intervals:
 def busy_blocks(records: Sequence[RankRecord], arm: str) -> list[int]:
     """Positions of an arm's blocks in which every slot had a bundle with work.
 
-    A slot counts if its bundle computed in at least two thirds of the block's iterations (of the block itself where
-    the host waits): a bundle that is starting, or has run out of trials, says nothing about sharing.
+    A slot counts if its bundle computed in at least two thirds of the block's iterations, or for a third of the block
+    itself where nothing holds it back to bubbles: a bundle that is starting, or has run out of trials, says nothing
+    about sharing. (A recorded run is as long as its computing time, so one that shared its core ends early.)
     """
     chosen = []
     for position, block in enumerate(records[0].blocks):
@@ -140,14 +141,10 @@ def busy_blocks(records: Sequence[RankRecord], arm: str) -> list[int]:
 
 
 def _is_busy(record: RankRecord, block: Block) -> bool:
-    spans = [(start, start + dur) for start, dur in block.iterations] or _tenths(block)
-    num_busy = sum(covered_ns(record.runs, start, end) > 0 for start, end in spans)
-    return num_busy * 3 >= len(spans) * 2
-
-
-def _tenths(block: Block) -> list[tuple[int, int]]:
-    edges = np.linspace(block.start_ns, block.end_ns, 11).astype(np.int64)
-    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+    if block.arm != "bubbles":
+        return covered_ns(record.runs, block.start_ns, block.end_ns) * 3 >= block.end_ns - block.start_ns
+    num_busy = sum(covered_ns(record.runs, start, start + dur) > 0 for start, dur in block.iterations)
+    return num_busy * 3 >= len(block.iterations) * 2
 
 
 def iteration_ms(records: Sequence[RankRecord], arm: str, positions: Sequence[int]) -> float:
@@ -159,44 +156,46 @@ def iteration_ms(records: Sequence[RankRecord], arm: str, positions: Sequence[in
 def slowdown(records: Sequence[RankRecord], arm: str, *, seed: int = 0) -> Estimate:
     """How much longer the host's iteration takes in an arm than alone, as a fraction (0.01 = 1 %).
 
-    The ratio of medians; its interval comes from resampling whole rounds, because iterations of one block are not
-    independent and the machine drifts between rounds. Only rounds that hold both arms count.
+    Each block of the arm is compared with the nearest block alone, median iteration with median iteration, because
+    the machine drifts and is disturbed for seconds at a time. The figure is the Hodges-Lehmann estimate over these
+    pairs (the median of all pairs' averages, on the logarithm); its interval comes from resampling the pairs.
 
     Raises:
-        FormatError: Fewer than three rounds hold both arms.
+        FormatError: Fewer than three pairs.
     """
-    alone = _by_round(records, "alone", [i for i, b in enumerate(records[0].blocks) if b.arm == "alone"])
-    shared = _by_round(records, arm, busy_blocks(records, arm))
-    rounds = sorted(alone.keys() & shared.keys())
-    if len(rounds) < 3:
+    blocks = records[0].blocks
+    alone = [block for block in blocks if block.arm == "alone" and block.iterations]
+    shared = [blocks[position] for position in busy_blocks(records, arm) if blocks[position].iterations]
+    if len(shared) < 3 or not alone:
         raise FormatError(
-            f"only {len(rounds)} rounds hold iterations both alone and {arm} with busy bundles, needed 3; "
-            "let the host train longer, or the study run more trials"
+            f"only {len(shared)} blocks of the arm {arm!r} had busy bundles, needed 3; let the host train longer, or "
+            "the study run more trials"
         )
-
-    def ratio(chosen: Sequence[int]) -> float:
-        base = np.concatenate([alone[number] for number in chosen])
-        other = np.concatenate([shared[number] for number in chosen])
-        return float(np.median(other) / np.median(base)) - 1
-
-    return Estimate(ratio(rounds), _bootstrap(ratio, rounds, seed), sum(len(shared[number]) for number in rounds))
+    pairs = [(block, min(alone, key=lambda other: abs(_middle_ns(other) - _middle_ns(block)))) for block in shared]
+    logs = np.array([np.log(_median_ns(block) / _median_ns(base)) for block, base in pairs])
+    low, high = _bootstrap(logs, seed)
+    num_iterations = sum(len(block.iterations) for block in shared)
+    return Estimate(float(np.expm1(_hodges_lehmann(logs))), (low, high), num_iterations)
 
 
-def _by_round(records: Sequence[RankRecord], arm: str, positions: Sequence[int]) -> dict[int, NDArray[np.int64]]:
-    found: dict[int, list[int]] = {}
-    for position in positions:
-        block = records[0].blocks[position]
-        found.setdefault(block.round, []).extend(dur for _, dur in block.iterations)
-    return {number: np.array(durations) for number, durations in found.items() if durations}
+def _middle_ns(block: Block) -> int:
+    return (block.start_ns + block.end_ns) // 2
 
 
-def _bootstrap(statistic: Callable[[Sequence[int]], float], rounds: Sequence[int], seed: int) -> tuple[float, float]:
+def _median_ns(block: Block) -> float:
+    return float(np.median([dur for _, dur in block.iterations]))
+
+
+def _hodges_lehmann(values: NDArray[np.float64]) -> float:
+    first, second = np.triu_indices(len(values))
+    return float(np.median((values[first] + values[second]) / 2))
+
+
+def _bootstrap(values: NDArray[np.float64], seed: int) -> tuple[float, float]:
     generator = np.random.default_rng(seed)
-    values = [
-        statistic([rounds[i] for i in generator.integers(0, len(rounds), len(rounds))]) for _ in range(NUM_RESAMPLES)
-    ]
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    chosen = generator.integers(0, len(values), (NUM_RESAMPLES, len(values)))
+    low, high = np.percentile([_hodges_lehmann(values[row]) for row in chosen], [2.5, 97.5])
+    return float(np.expm1(low)), float(np.expm1(high))
 
 
 def bubble_ratio(records: Sequence[RankRecord]) -> float:

@@ -18,6 +18,12 @@ from hydro_slurm.testbed import Testbed, TestbedSpec
 
 T = TypeVar("T")
 
+POLL_S = 3.0
+"""Seconds between two looks: the demo itself must not disturb what it measures."""
+
+ARMS = "alone+bubbles," * 8 + "colocated:4,exclusive"
+"""One round of measured blocks, in random order; what is compared most closely comes side by side, and most often."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoSettings:
@@ -25,9 +31,9 @@ class DemoSettings:
 
     output: Path
     num_nodes: int = 4
-    num_trials: int = 64
-    block_iterations: int = 6
-    exclusive_s: float = 1.5
+    num_trials: int = 112
+    block_iterations: int = 5
+    exclusive_s: float = 1.0
     limit_s: float = 900.0
     """The whole demo is given up after this."""
     seed: int = 0
@@ -96,21 +102,21 @@ class _Run:
     def run(self) -> dict[str, Any]:
         settings, cluster = self.settings, self.cluster
         self.host_job_id = cluster.submit_host(
-            f"--arms=alone,bubbles,bubbles,bubbles,colocated,exclusive --seed={settings.seed} "
+            f"--arms={ARMS} --seed={settings.seed} "
             f"--block-iterations={settings.block_iterations} --exclusive-s={settings.exclusive_s} "
             "--report-every-s=2 --max-slowdown=0.02 --iterations=1000000".split()
         )
         self.progress.say(f"host job {self.host_job_id} submitted: a character-level GPT in 2 pipeline stages, 1F1B")
+        self.study_job_id = cluster.submit_study(settings.num_trials)
+        self.progress.say(
+            f"study job {self.study_job_id} submitted: {settings.num_trials} trials on scikit-learn's digits"
+        )
         self._wait_for("the host job to learn its bubbles", self._slots_offered)
         for report in cluster.reports():
             self.progress.say(
                 f"slot {report.job_id}.{report.node}.{report.local_rank}: stage {report.stage} of {report.num_stages}, "
                 f"{100 * report.bubble_s_per_s:.0f} % of its time is usable bubble"
             )
-        self.study_job_id = cluster.submit_study(settings.num_trials)
-        self.progress.say(
-            f"study job {self.study_job_id} submitted: {settings.num_trials} trials on scikit-learn's digits"
-        )
         self._wait_for("both slots to have a bundle at work", self._bundles_at_work)
         self.progress.say("a bundle is at work in each slot; the measured blocks begin")
         cluster.start_measuring()
@@ -172,7 +178,7 @@ class _Run:
                     f"gave up waiting for {what} after {self.settings.limit_s:.0f} s; raise --limit-s, or see:\n"
                     f"{self.cluster.explain()}"
                 )
-            time.sleep(1.0)
+            time.sleep(POLL_S)
 
     def keep_records(self) -> None:
         """Copy what host and study recorded out of the cluster, which goes away."""

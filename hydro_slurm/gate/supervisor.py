@@ -257,7 +257,8 @@ class Supervisor:
             os.read(self._wakeup_read, 4096)
 
     def _say(self, text: str) -> None:
-        sys.stderr.write(f"hydro-supervisor: bundle={self._bundle} {text}\n")
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        sys.stderr.write(f"{stamp} hydro-supervisor: bundle={self._bundle} {text}\n")
 
 
 def _start(command: Sequence[str], nice: int) -> int:

@@ -85,8 +85,8 @@ def place(demands: Sequence[Demand], slots: Sequence[Slot], bundles: Sequence[Ru
     """Decide what to launch, refill and finish.
 
     Bundles leave slots that the guard has shut. Running bundles are topped up first (a lane that is free costs
-    nothing to fill), then free slots get new bundles, those with the most bubble time first. Demands are served in
-    the given order.
+    nothing to fill), then free slots get new bundles, those with the most bubble time first. Slots that a bundle is
+    about to leave get their share of the waiting trials too, later. Demands are served in the given order.
     """
     slot_by_id = {slot.id: slot for slot in slots}
     finishes = tuple(
@@ -100,6 +100,7 @@ def place(demands: Sequence[Demand], slots: Sequence[Slot], bundles: Sequence[Ru
         (slot for slot in slots if slot.id not in taken and not slot.shut),
         key=lambda slot: (-slot.bubble_s_per_s, slot.id),
     )
+    num_leaving = sum(bundle.finishing and bundle.slot_id in slot_by_id for bundle in bundles)
     launches: list[Launch] = []
     refills: list[Refill] = []
     for demand in demands:
@@ -111,13 +112,13 @@ def place(demands: Sequence[Demand], slots: Sequence[Slot], bundles: Sequence[Ru
         ]
         for bundle in sorted(active, key=lambda bundle: (bundle.num_lanes + bundle.num_waiting, bundle.id)):
             num_lanes = min(num_waiting, bundle.max_lanes - bundle.num_lanes - bundle.num_waiting)
-            num_lanes = _leave_for_free_slots(num_lanes, num_waiting, len(free))
+            num_lanes = _leave_for_free_slots(num_lanes, num_waiting, len(free) + num_leaving)
             if num_lanes > 0:
                 refills.append(Refill(bundle.id, num_lanes))
                 num_waiting -= num_lanes
         still_free = []
         for position, slot in enumerate(free):
-            num_lanes = fusion_count(num_waiting, len(free) - position, slot.free_bytes, demand.sizing)
+            num_lanes = fusion_count(num_waiting, len(free) - position + num_leaving, slot.free_bytes, demand.sizing)
             if num_lanes == 0:
                 still_free.append(slot)
                 continue
@@ -128,7 +129,7 @@ def place(demands: Sequence[Demand], slots: Sequence[Slot], bundles: Sequence[Ru
 
 
 def _leave_for_free_slots(num_lanes: int, num_waiting: int, num_free_slots: int) -> int:
-    """Keep an even share of the waiting trials for slots that stand empty."""
+    """Keep an even share of the waiting trials for slots that stand empty, or will in a moment."""
     if num_free_slots == 0:
         return num_lanes
     return min(num_lanes, num_waiting // (num_free_slots + 1))

@@ -128,8 +128,8 @@ def test_a_run_over_an_edge_counts_by_its_part(tmp_path: Path) -> None:
     assert lane_steps_in(rank, start_ns, start_ns + 250 * MS) == pytest.approx(1000)
 
 
-def test_too_few_rounds_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="only 2 rounds"):
+def test_too_few_blocks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="only 2 blocks"):
         slowdown([record(tmp_path / "a", rounds=2)], "bubbles")
 
 

@@ -48,6 +48,15 @@ def test_a_finishing_bundle_gets_nothing_more() -> None:
     assert not place([demand(5)], [Slot(id="a")], [bundle("b1", "a", 2, finishing=True)])
 
 
+def test_a_slot_that_is_being_left_keeps_its_share() -> None:
+    leaving = bundle("b1", "a", 0, finishing=True)
+    plan = place([demand(3)], [Slot(id="a"), Slot(id="b")], [leaving])
+    assert plan.launches == (Launch("b", "search", 2),)
+    assert not place([demand(1)], [Slot(id="a"), Slot(id="b")], [leaving, bundle("b2", "b", 2)])
+    plan = place([demand(1)], [Slot(id="a"), Slot(id="b")], [bundle("b2", "b", 2)])
+    assert plan.launches == (Launch("a", "search", 1),)
+
+
 def test_demands_are_served_in_order() -> None:
     plan = place([demand(8, purpose="verify"), demand(8)], [Slot(id="a")], [])
     assert [launch.purpose for launch in plan.launches] == ["verify"]

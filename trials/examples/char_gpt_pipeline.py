@@ -7,7 +7,8 @@ Trains on the sources of Python's standard library with DeepSpeed's `PipelineMod
 core. `share_bubbles(engine)` is the one line that a training script adds to share its bubbles.
 
 For measuring, `--arms alone,bubbles,bubbles,colocated,exclusive` splits the run into blocks of iterations, in random
-order, the same on all ranks; each round holds every named arm once (an arm named twice comes twice):
+order, the same on all ranks; each round holds every named arm once. An arm named twice comes twice; one written `arm:N`
+has N iterations instead of --block-iterations; arms joined by `+` stay side by side, in random order too:
 
     alone       the gates stay closed
     bubbles     the normal mode
@@ -177,8 +178,10 @@ class Plan:
     """Which arm comes next: each round holds every named arm once, shuffled by the seed, alike on all ranks."""
 
     def __init__(self, arms: str, seed: int) -> None:
-        self.arms = [arm for arm in arms.split(",") if arm]
-        unknown = sorted(set(self.arms) - set(ARM_MODES))
+        named = [[arm.partition(":") for arm in group.split("+")] for group in arms.split(",") if group]
+        self.arms = [[arm for arm, _, _ in group] for group in named]
+        self.lengths = {arm: int(length) for group in named for arm, _, length in group if length.isdigit()}
+        unknown = sorted({arm for group in self.arms for arm in group} - set(ARM_MODES))
         if unknown:
             raise SystemExit(f"--arms: got {', '.join(unknown)}, needed some of {', '.join(ARM_MODES)}")
         self._random, self._left = random.Random(seed), list[str]()
@@ -189,7 +192,8 @@ class Plan:
         if not self.arms:
             return "bubbles"
         if not self._left:
-            self._left = self._random.sample(self.arms, len(self.arms))
+            groups = self._random.sample(self.arms, len(self.arms))
+            self._left = [arm for group in groups for arm in self._random.sample(group, len(group))]
             self.round += 1
         return self._left.pop()
 
@@ -226,7 +230,9 @@ class HostJob:
         num_done = num_blocks = 0
         arm = "warmup"
         while num_done < self.options.iterations:
-            length = WARM_UP_ITERATIONS if num_blocks == 0 else self.options.block_iterations
+            length = self.plan.lengths.get(arm, self.options.block_iterations)
+            if num_blocks == 0:
+                length = WARM_UP_ITERATIONS
             num_done += self.run_block(num_blocks, arm, min(length, self.options.iterations - num_done))
             num_blocks += 1
             stop, start = self.agree()

@@ -9,7 +9,6 @@ from typing import Protocol
 from hydro_slurm.clock import Clock
 from hydro_slurm.gate.bundle_page import BundlePage
 from hydro_slurm.gate.free import FreeGate
-from hydro_slurm.gate.layout import LEAVING
 from hydro_slurm.gate.quanta import QuantumGate, Run
 from hydro_slurm.gate.reader import GateReader
 
@@ -90,7 +89,7 @@ class BubbleSlotGate:
     def rest(self, seconds: float) -> None:
         if not self._has_rested:
             self._has_rested = True
-            self._gate._pause(self._clock.monotonic_ns())
+            self._gate.pause()
         self._clock.sleep(seconds)
 
     def take_runs(self) -> list[Run]:
@@ -98,9 +97,7 @@ class BubbleSlotGate:
         return runs or []
 
     def begin_leaving(self) -> None:
-        self._gate._pause(self._clock.monotonic_ns())
-        self._page.state = LEAVING
-        self._page.publish()
+        self._gate.begin_leaving()
 
     def close(self) -> None:
         self._page.close()
