@@ -74,7 +74,7 @@ class Supervisor:
         self._child, self._tree = 0, ProcessTree()
         self._status: Optional[int] = None
         self._leave_by_ns: Optional[int] = None
-        self._is_stopped = False
+        self._is_stopped = self._has_taken_leave = False
         self._resumed_ns = 0
         self._undivided_used_ns = 0
         self._closed_epoch = self._honoured_epoch = -1
@@ -141,7 +141,7 @@ class Supervisor:
         if self._is_stopped:
             return later_ns
         page = self._read_page()
-        if page is not None and page.state == LEAVING:
+        if self._has_taken_leave or (page is not None and page.state == LEAVING):
             self._begin_leaving(now)
             return now
         if page is not None and page.state == PAUSED:
@@ -179,7 +179,7 @@ class Supervisor:
     def _works_in_quanta(self, page: Optional[BundleSnapshot]) -> bool:
         """Whether it may be expected to pause by itself."""
         if page is not None and page.state != UNDIVIDED:
-            self._undivided_used_ns = 0
+            self._undivided_used_ns, self._resumed_ns = 0, time.monotonic_ns()
             return True
         return self._undivided_used_ns > self._undivided_ns
 
@@ -218,6 +218,8 @@ class Supervisor:
         except GateError as error:
             if isinstance(error, GateGoneError) and self._page is not None:
                 self._page.close()
+                # It takes its page away as the last thing before its end (and has the grace time for that).
+                self._has_taken_leave = self._said is not None and self._said.start_ticks >= self._own_ticks
             self._page = self._said = None
         return self._said if self._said is not None and self._said.start_ticks >= self._own_ticks else None
 

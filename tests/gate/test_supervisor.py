@@ -135,6 +135,17 @@ def test_a_good_bundle_is_left_alone(
     assert "strike" not in supervisor.stderr.read()
 
 
+def test_a_bundle_that_took_its_page_away_may_end_in_peace(writer: GateWriter, supervise: Supervise) -> None:
+    supervisor = supervise("parting", options=("--undivided-s", 0.05))
+    deadline_s = time.monotonic() + 60
+    while supervisor.poll() is None and time.monotonic() < deadline_s:
+        open_for(writer, 0.03)
+        time.sleep(0.06)
+    assert supervisor.wait(1) == 3
+    assert supervisor.stderr is not None
+    assert "strike" not in supervisor.stderr.read()
+
+
 def test_a_rogue_is_stopped_continued_and_after_three_strikes_killed(
     writer: GateWriter, supervise: Supervise, only_child: OnlyChild, eventually: Eventually, gate_directory: Path
 ) -> None:

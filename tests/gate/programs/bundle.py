@@ -1,6 +1,7 @@
 """Bundles of every character, run under a supervisor: `bundle.py GATE_DIRECTORY CHARACTER`.
 
 good        works in quanta, exits 7 when its gate is gone
+parting     works in quanta for a while, takes its page away, computes on for a second and exits 3
 rogue       says that it works in quanta, and never checks
 endless     good, but does not leave when the gate is gone
 starting    has no page and never gets one
@@ -47,6 +48,15 @@ elif character == "rogue":
     page = BundlePage.create(directory, "b1")
     page.state = RUNNING
     page.publish()
+elif character == "parting":
+    gate = QuantumGate(GateReader.attach(directory), BundlePage.create(directory, "b1"))
+    for _ in range(200):
+        gate.check()
+        spin(0.001)
+    gate.begin_leaving()
+    gate.page.close()
+    spin(1.0)
+    sys.exit(3)
 elif character in ("good", "endless"):
     gate = QuantumGate(GateReader.attach(directory), BundlePage.create(directory, "b1"))
     try:
