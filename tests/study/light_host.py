@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from hydro_slurm.gate.writer import GateWriter
 
+from hydro_slurm.gate.writer import GateWriter
 from hydro_slurm.hooks.reporter import BubbleReporter
 from hydro_slurm.hooks.slot_reports import SlotIdentity, SlotReports
 from hydro_slurm.model import Device, gate_dir, run_dir, slot_report_dir

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import hydro_trials as hydro
 import pytest
 import torch
 from torch import nn
+
+import hydro_trials as hydro
 
 NUM_INPUTS, NUM_CLASSES = 12, 5
 

@@ -7,9 +7,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import hydro_trials as hydro
 import pytest
 import torch
+from torch import Tensor, nn
+
+import hydro_trials as hydro
+from hydro_slurm.errors import FusionError
 from hydro_trials.fusion import FusedTrainer, LaneState
 from hydro_trials.fusion.layout import FlatLayout
 from hydro_trials.fusion.optimizers import SEGMENT_VALUES, FusedOptimizer, LaneSettings
@@ -17,9 +20,6 @@ from hydro_trials.fusion.program import FusedProgram, boundary_modules
 from hydro_trials.fusion.streams import SampleStream, derive_seed
 from hydro_trials.hyperparameters import lr_multiplier, resolve_hyperparameters
 from hydro_trials.surrogate import ParamRule, Surrogate, make_surrogate
-from torch import Tensor, nn
-
-from hydro_slurm.errors import FusionError
 
 MakeStudy = Callable[..., hydro.Study]
 

@@ -9,19 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hydro_trials as hydro
 import optuna
 import pytest
 import torch
+
+import hydro_trials as hydro
+from hydro_slurm import formats
+from hydro_slurm.errors import HydroError, StudyError
+from hydro_slurm.study.description import StudyDescription
 from hydro_trials.hyperparameters import lr_multiplier, resolve_hyperparameters
 from hydro_trials.runtime.check import check_study
 from hydro_trials.runtime.describe import describe_study
 from hydro_trials.runtime.profile import profile_study
 from hydro_trials.study_file import load_data, load_study
-
-from hydro_slurm import formats
-from hydro_slurm.errors import HydroError, StudyError
-from hydro_slurm.study.description import StudyDescription
 
 MakeStudy = Callable[..., hydro.Study]
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import hydro_trials as hydro
 import pytest
 import torch
+from torch import Tensor, nn
+
+import hydro_trials as hydro
+from hydro_slurm.errors import SurrogateError
 from hydro_trials.fusion import FusedTrainer
 from hydro_trials.hyperparameters import resolve_hyperparameters
 from hydro_trials.surrogate import ParamRule, Surrogate, make_surrogate
 from hydro_trials.surrogate.coordinate_check import check_coordinates
-from torch import Tensor, nn
-
-from hydro_slurm.errors import SurrogateError
 
 MakeStudy = Callable[..., hydro.Study]
 

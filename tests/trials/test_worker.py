@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 import torch
-from hydro_trials.runtime import startup, worker
-from hydro_trials.runtime.bundle_dir import BundleDir
-from hydro_trials.runtime.checkpoints import list_checkpoints, read_checkpoint
-from hydro_trials.runtime.train import train
 
 from hydro_slurm import formats
 from hydro_slurm.errors import FormatError, HydroError
 from hydro_slurm.gate.writer import GateWriter
 from hydro_slurm.model import BundleProgress, BundleSlot, BundleSpec, Device, InboxMessage, LaneSpec, TrialResult
 from hydro_slurm.timeline import read_timeline
+from hydro_trials.runtime import startup, worker
+from hydro_trials.runtime.bundle_dir import BundleDir
+from hydro_trials.runtime.checkpoints import list_checkpoints, read_checkpoint
+from hydro_trials.runtime.train import train
 
 DEADLINE_S = 90.0
 

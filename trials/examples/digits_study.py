@@ -3,10 +3,11 @@
 Trials train a network of width 32; the best three configurations are verified on the target of width 128.
 """
 
-import hydro_trials as hydro
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
+
+import hydro_trials as hydro
 
 TARGET_WIDTH = 128
 
