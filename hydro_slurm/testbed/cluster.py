@@ -224,8 +224,8 @@ class Testbed:
         try:
             client = self.client(timeout_s=3.0)
             nodes, version = tuple(client.nodes()), client.version()
-        except SlurmError:
-            pass
+        except (SlurmError, TestbedError):
+            pass  # slurmctld is away, or the machines are being set up
         record = records.load(self.state_dir)
         return TestbedStatus(
             name=self.name,

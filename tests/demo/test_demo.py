@@ -72,6 +72,11 @@ def start_demo(base: Path, output: Path, *options: str) -> subprocess.Popen[str]
     )
 
 
+def running_testbed(base: Path) -> Testbed | None:
+    """The demo's testbed, as soon as all of it is up."""
+    return next((testbed for testbed in list_testbeds(base) if testbed.status().phase == "up"), None)
+
+
 def bundle_steps(testbed: Testbed) -> dict[str, tuple[str, str]]:
     """Bundle steps as plain squeue prints them: id to (name, node)."""
     done = testbed.run(["squeue", "--steps", "--noheader", "--format=%i %N %j"], check=False)
@@ -82,7 +87,7 @@ def bundle_steps(testbed: Testbed) -> dict[str, tuple[str, str]]:
 def test_summary_matches_what_slurm_says_meanwhile(base: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     demo = start_demo(base, output, "--trials=24", "--block-iterations=3")
-    testbed = wait_for("the cluster", lambda: next(iter(list_testbeds(base)), None), demo)
+    testbed = wait_for("the cluster", lambda: running_testbed(base), demo)
     seen: dict[str, tuple[str, str]] = {}
     jobs: dict[int, tuple[str, str, str]] = {}
     while demo.poll() is None:
@@ -125,7 +130,7 @@ def test_summary_matches_what_slurm_says_meanwhile(base: Path, tmp_path: Path) -
 @pytest.mark.parametrize("moment", ["starting", "bundles"])
 def test_ctrl_c_leaves_nothing_running(base: Path, tmp_path: Path, moment: str) -> None:
     demo = start_demo(base, tmp_path / "out", "--trials=24")
-    testbed = wait_for("the cluster", lambda: next(iter(list_testbeds(base)), None), demo)
+    testbed = wait_for("the cluster", lambda: running_testbed(base), demo)
     if moment == "bundles":
         wait_for("a bundle", lambda: bundle_steps(testbed), demo)
     os.killpg(demo.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
