@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -181,10 +182,14 @@ class _Run:
             time.sleep(POLL_S)
 
     def keep_records(self) -> None:
-        """Copy what host and study recorded out of the cluster, which goes away."""
+        """Copy what host and study recorded out of the cluster, which goes away.
+
+        Never raises for a file that changes meanwhile: after an interruption the jobs still run.
+        """
         output = self.settings.output
         for source, name in ((self.cluster.paths.records, "host"), (self.cluster.study_dir, "study")):
-            if source.exists():
+            with contextlib.suppress(OSError):
                 shutil.copytree(source, output / name, ignore=shutil.ignore_patterns("*.pt", ".*"))
         for log in self.cluster.paths.root.glob("*.log"):
-            shutil.copy(log, output / log.name)
+            with contextlib.suppress(OSError):
+                shutil.copy(log, output / log.name)

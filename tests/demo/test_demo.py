@@ -135,7 +135,7 @@ def test_ctrl_c_leaves_nothing_running(base: Path, tmp_path: Path, moment: str) 
         wait_for("a bundle", lambda: bundle_steps(testbed), demo)
     os.killpg(demo.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
     printed, _ = demo.communicate(timeout=60)
-    assert demo.returncode == 130
+    assert demo.returncode == 130, printed
     assert printed.strip().splitlines()[-1] == "hydro: interrupted"
     assert "Traceback" not in printed
     assert descendants_of(base) == []
