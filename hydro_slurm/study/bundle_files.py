@@ -82,13 +82,3 @@ def _checkpoint_files(lanes: Path) -> Iterator[tuple[int, int, Path]]:
         trial, step = path.parent.name, path.stem.removeprefix("step-")
         if trial.isdigit() and step.isdigit():
             yield int(trial), int(step), path
-
-
-def newest_checkpoints(bundles: Path) -> dict[int, str]:
-    """The newest checkpoint of each trial over all bundles of a study."""
-    newest: dict[int, tuple[int, str]] = {}
-    for directory in bundles.iterdir():
-        for trial, step, path in _checkpoint_files(directory / "lanes"):
-            if step >= newest.get(trial, (-1, ""))[0]:
-                newest[trial] = (step, str(path))
-    return {trial: path for trial, (_, path) in newest.items()}

@@ -6,7 +6,7 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Optional
+from typing import Any, ClassVar, Literal
 
 import optuna
 
@@ -167,7 +167,7 @@ def create_study(record: StudyRecord, directory: Path) -> None:
     formats.write_record(directory / RECORD_NAME, record)
 
 
-def recorded_environment(names: Optional[tuple[str, ...]] = None) -> dict[str, str]:
+def recorded_environment() -> dict[str, str]:
     """The caller's variables that decide where studies, reports and gates are found."""
-    wanted = names or ("HYDRO_HOME", "HYDRO_REPORT_DIR", "HYDRO_RUN")
+    wanted = ("HYDRO_HOME", "HYDRO_REPORT_DIR", "HYDRO_RUN")
     return {name: os.environ[name] for name in wanted if name in os.environ}

@@ -51,7 +51,7 @@ class Search:
             self._reported.update((frozen.number, step) for step in frozen.intermediate_values)
             if not frozen.state.is_finished():
                 self._live[frozen.number] = optuna.trial.Trial(self._study, frozen._trial_id)
-                self._waiting.append(self._lane(frozen.number, frozen.params))
+                self._waiting.append(self.lane(frozen.number, frozen.params))
 
     @property
     def num_waiting(self) -> int:
@@ -109,10 +109,6 @@ class Search:
         )
         return [result.trial for result in ordered if self._record_one(result)]
 
-    def checkpoint_known(self, number: int) -> str | None:
-        """The checkpoint from which a waiting trial would go on."""
-        return next((lane.checkpoint for lane in self._waiting if lane.trial == number), None)
-
     def set_checkpoints(self, checkpoints: dict[int, str]) -> None:
         """Tell waiting trials where to go on from (after a restart of the controller)."""
         self._waiting = deque(
@@ -141,17 +137,14 @@ class Search:
         counts[WAITING] = self.num_waiting
         return counts
 
-    def lane(self, number: int, params: dict[str, object]) -> LaneSpec:
-        """A trial's configuration, to be trained from the start (verification)."""
-        return self._lane(number, params)
-
     def _ask(self) -> LaneSpec:
         trial = self._study.ask(fixed_distributions=self._space)
         self._num_created += 1
         self._live[trial.number] = trial
-        return self._lane(trial.number, trial.params)
+        return self.lane(trial.number, trial.params)
 
-    def _lane(self, number: int, params: dict[str, object]) -> LaneSpec:
+    def lane(self, number: int, params: dict[str, object]) -> LaneSpec:
+        """A trial's configuration, to be trained from the start."""
         seed = self.description.seed * 100_003 + number
         return LaneSpec(trial=number, params={**self.description.fixed, **params}, seed=seed)
 
