@@ -173,8 +173,9 @@ def test_a_creator_that_is_killed_while_ending_its_testbed_leaves_nothing(base: 
     wait_up(creator)
     record = records.load(base / "doomed")
     creator.send_signal(signal.SIGINT)
-    while record.daemons["slurmctld"].alive():
-        pass
+    deadline = time.monotonic() + TIMEOUT_S
+    while record.daemons["slurmctld"].alive():  # without a pause: the moment is short
+        assert time.monotonic() < deadline, "not in time: slurmctld ends"
     creator.kill()
     creator.communicate(timeout=TIMEOUT_S)
     assert_nothing_left(base, record.uuid)
