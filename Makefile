@@ -41,7 +41,7 @@ test: setup ## Run the tests (PYTEST_ARGS=…)
 
 .PHONY: test-slow
 test-slow: setup ## Run the slow matrix of tests (PYTEST_ARGS=…)
-	@$(python) -m pytest -m slow $(PYTEST_ARGS)
+	@$(python) -m pytest -m slow $(PYTEST_ARGS) || { [[ $$? -eq 5 ]] && echo "no test is marked slow"; }
 
 .PHONY: check
 check: setup ## Lint, format, types, import arrows, documentation

@@ -11,7 +11,6 @@ import pytest
 from hydro_slurm.testbed import Testbed, TestbedSpec
 from hydro_slurm.testbed.machines import missing_programs
 
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # So it is in a background job of a shell, and every child would inherit it: tests send Ctrl-C to theirs.
     signal.signal(signal.SIGINT, signal.default_int_handler)

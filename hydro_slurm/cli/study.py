@@ -112,6 +112,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if "SLURM_JOB_ID" not in os.environ:
         raise StudyError("`hydro study run` runs inside a Slurm job: use `hydro study submit FILE`, or sbatch a script")
     set_up_logging(max(arguments.verbose, 1))
+    CommandLineClient().version()  # without Slurm, say so before anything is created
     directory = _find_or_create(arguments)
     status = StudyController(directory).run()
     summary = read_summary(directory)

@@ -18,6 +18,7 @@ from hydro_slurm.policy import Demand, Finish, Launch, Refill, RunningBundle, Sl
 logger = logging.getLogger(__name__)
 
 MAX_BACK_OFF_S = 60.0
+SLICE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +83,10 @@ class Reconciler:
         """Run cycles until `finished` says so."""
         while not finished():
             self.run_cycle()
-            if finished():
-                return
-            self.clock.sleep(self.pause_s())
+            pause_s = self.pause_s()
+            while pause_s > 0 and not finished():  # in slices: whoever asks it to end does not wait out a back-off
+                self.clock.sleep(min(pause_s, SLICE_S))
+                pause_s -= SLICE_S
 
     def pause_s(self) -> float:
         """Seconds until the next cycle: the interval, doubled with every failure in a row."""

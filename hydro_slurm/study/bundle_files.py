@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hydro_slurm import formats
@@ -44,11 +44,14 @@ class BundleFiles:
         for path in sorted((self.directory / "results").glob("[0-9]*.json")):
             if path.name in self._seen:
                 continue
-            self._seen.add(path.name)
             try:
                 results.append(formats.read_record(TrialResult, path))
-            except (FormatError, OSError) as error:
+            except OSError as error:
+                logger.warning("bundle=%s: a result is tried again later: %s", self.directory.name, error)
+                continue
+            except FormatError as error:
                 logger.error("bundle=%s: a result is left out: %s", self.directory.name, error)
+            self._seen.add(path.name)
         return results
 
     def progress(self) -> BundleProgress | None:
@@ -61,20 +64,9 @@ class BundleFiles:
             logger.warning("bundle=%s: progress is left out: %s", self.directory.name, error)
             return None
 
-    def handed_over(self) -> set[int]:
-        """Numbers of all trials that this bundle was ever given."""
-        trials = {lane.trial for lane in self.spec().lanes}
-        for path in (self.directory / "inbox").glob("[0-9]*.json"):
-            trials.update(lane.trial for lane in formats.read_record(InboxMessage, path).lanes)
-        return trials
-
     def checkpoints(self) -> dict[int, str]:
         """The newest complete checkpoint of each trial (they appear by renaming, so what is there is whole)."""
-        newest: dict[int, tuple[int, str]] = {}
-        for trial, step, path in _checkpoint_files(self.directory / "lanes"):
-            if step >= newest.get(trial, (-1, ""))[0]:
-                newest[trial] = (step, str(path))
-        return {trial: path for trial, (_, path) in newest.items()}
+        return newest_checkpoints([self])
 
 
 def _checkpoint_files(lanes: Path) -> Iterator[tuple[int, int, Path]]:
@@ -82,3 +74,13 @@ def _checkpoint_files(lanes: Path) -> Iterator[tuple[int, int, Path]]:
         trial, step = path.parent.name, path.stem.removeprefix("step-")
         if trial.isdigit() and step.isdigit():
             yield int(trial), int(step), path
+
+
+def newest_checkpoints(bundles: Iterable[BundleFiles]) -> dict[int, str]:
+    """The checkpoint with the most steps of each trial, over several bundles."""
+    newest: dict[int, tuple[int, str]] = {}
+    for bundle in bundles:
+        for trial, step, path in _checkpoint_files(bundle.directory / "lanes"):
+            if step >= newest.get(trial, (-1, ""))[0]:
+                newest[trial] = (step, str(path))
+    return {trial: path for trial, (_, path) in newest.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -14,10 +15,10 @@ from typing import TextIO
 from hydro_slurm import model
 from hydro_slurm.clock import Clock, SystemClock
 from hydro_slurm.daemon import Reconciler
-from hydro_slurm.errors import HydroError, SlurmError, StudyError
+from hydro_slurm.errors import SlurmError, StudyError
 from hydro_slurm.policy import Finish
 from hydro_slurm.slurm import CommandLineClient, SlurmClient
-from hydro_slurm.study.bundle_files import BundleFiles
+from hydro_slurm.study.bundle_files import BundleFiles, newest_checkpoints
 from hydro_slurm.study.description import StudyRecord, read_study
 from hydro_slurm.study.hosts import HostWatch
 from hydro_slurm.study.launching import BundleLauncher
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 LEAVE_GRACE_S = 20.0
 """How long bundles may take to checkpoint and leave when the controller is told to stop."""
+
+STALE_WAIT_S = 60.0
+"""How much longer a new controller waits for bundles of an earlier one."""
 
 
 class StudyController:
@@ -53,7 +57,7 @@ class StudyController:
             self.record.settings.slurm_poll_s,
         )
         self.launcher = BundleLauncher(directory, self.record, self.slurm)
-        self.backend = OwnModeBackend(directory, self.record, self.slurm, self._hosts, self.launcher, self.clock)
+        self.backend = OwnModeBackend(directory, self.record, self._hosts, self.launcher, self.clock)
         self.backend.sources["search"] = self.search
         self.loop = Reconciler(self.backend, interval_s=self.record.settings.poll_s, clock=self.clock)
         self._stop_signal = 0
@@ -70,8 +74,9 @@ class StudyController:
         try:
             self._pick_up()
             self.loop.run(self._cycle_done)
-        except HydroError as error:
-            self.loop.last_sentence = str(error)
+        except Exception as error:
+            self.loop.last_sentence = f"{type(error).__name__}: {error}"
+            self._leave()
             self._publish("failed")
             raise
         if self._stop_signal:
@@ -97,10 +102,12 @@ class StudyController:
         for bundle in self.backend.bundles:
             if self.backend.sources[bundle.purpose].finished:
                 self.backend.finish(Finish(bundle.id, f"the {bundle.purpose} part of the study is done"))
-        if self.verification is not None or not self.search.finished:
-            return
+        if self.verification is None and self.search.finished:
+            self._begin_verification()
+
+    def _begin_verification(self) -> None:
         top = self.search.top(self.record.description.top_k)
-        if not top:
+        if not self.search.top(1):
             logger.error("study=%s: no trial is COMPLETE, so there is nothing to verify", self.record.name)
         candidates = [
             VerifiedTrial(trial.number, dict(trial.params), float(trial.value or 0.0), None, model.RUNNING)
@@ -115,23 +122,53 @@ class StudyController:
         earlier = sorted(path for path in (self.directory / "bundles").iterdir() if (path / "spec.json").exists())
         if not earlier:
             return
-        try:
-            jobs = [job.job_id for job in self._hosts.view().jobs]
-            num_cancelled = self.launcher.cancel_stale_steps(jobs)
-        except SlurmError as error:
-            raise StudyError(f"cannot tell whether bundles of an earlier controller still run: {error}") from None
-        checkpoints: dict[int, str] = {}
-        for path in earlier:
-            files = BundleFiles(path)
-            if files.spec().purpose == "search":
-                self.search.record(files.new_results())
-                checkpoints.update(files.checkpoints())
-        self.search.set_checkpoints(checkpoints)
+        num_cancelled = self._end_stale_steps()
+        for purpose in ("search", "verify"):
+            bundles = [files for files in map(BundleFiles, earlier) if files.spec().purpose == purpose]
+            if bundles and purpose == "verify":
+                self._begin_verification()
+            source = self.search if purpose == "search" else self.verification
+            for files in bundles:
+                assert source is not None  # a bundle of this purpose ran, so the part had begun
+                source.record(files.new_results())
+            if source is not None:
+                source.set_checkpoints(newest_checkpoints(bundles))
         logger.info(
             "study=%s goes on: %d bundles before, %d steps cancelled", self.record.name, len(earlier), num_cancelled
         )
 
+    def _end_stale_steps(self) -> int:
+        """Wait until no bundle of an earlier controller runs any more: two would train the same trials.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            StudyError: Slurm does not answer, or they do not end.
+        """
+        deadline_s = self.clock.wall_s() + LEAVE_GRACE_S + STALE_WAIT_S
+        count = 0
+        while True:
+            view = self._hosts.view()
+            try:
+                found = None if view.away else self.launcher.cancel_stale_steps([job.job_id for job in view.jobs])
+            except SlurmError:
+                found = None
+            if found == 0:
+                return count
+            count = max(count, found or 0)
+            if self.clock.wall_s() > deadline_s:
+                raise StudyError(
+                    f"bundles of an earlier controller of study {self.record.name!r} may still run "
+                    f"({view.away or 'they do not end'}); run it again when Slurm answers"
+                )
+            self.clock.sleep(1.0)
+
     def _publish(self, phase: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk makes the study silent, it does not end it
+            self._write_status(phase)
+
+    def _write_status(self, phase: str) -> None:
         write_status(
             self.directory,
             StudyStatus(
@@ -147,7 +184,7 @@ class StudyController:
 
     def _leave(self) -> None:
         """Let every bundle checkpoint and leave; end those that do not."""
-        logger.warning("study=%s stops on signal %d", self.record.name, self._stop_signal)
+        logger.warning("study=%s stops, signal=%d", self.record.name, self._stop_signal)
         for bundle in self.backend.bundles:
             self.backend.finish(Finish(bundle.id, "the study's job is being stopped"))
         deadline_s = self.clock.wall_s() + LEAVE_GRACE_S

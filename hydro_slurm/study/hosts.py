@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hydro_slurm import formats
 from hydro_slurm.clock import Clock
-from hydro_slurm.errors import FormatError, SlurmUnavailableError
+from hydro_slurm.errors import FormatError, SlurmError
 from hydro_slurm.model import HOST_COMMENT, SlotReport
 from hydro_slurm.slurm import Job, SlurmClient
 
@@ -58,7 +58,7 @@ class HostWatch:
     def _poll(self, now_s: float) -> None:
         try:
             jobs = self._slurm.jobs(user=self._user, states=("RUNNING",))
-        except SlurmUnavailableError as error:
+        except SlurmError as error:
             self._num_failures += 1
             self._away = str(error)
             self._next_poll_s = now_s + min(self._poll_s * 2.0 ** min(self._num_failures - 1, 8), MAX_BACK_OFF_S)

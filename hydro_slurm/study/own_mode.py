@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +14,7 @@ from hydro_slurm.daemon import World
 from hydro_slurm.errors import SlurmError, SlurmUnavailableError
 from hydro_slurm.model import BundleSlot, BundleSpec, Device, InboxMessage, LaneSpec, SlotReport, TrialResult
 from hydro_slurm.policy import Demand, Finish, Launch, Refill, RunningBundle, SizingPolicy, Slot
-from hydro_slurm.slurm import SlurmClient, StepProcess
+from hydro_slurm.slurm import StepProcess
 from hydro_slurm.study.bundle_files import BundleFiles
 from hydro_slurm.study.description import StudyRecord
 from hydro_slurm.study.hosts import HostView, HostWatch
@@ -50,7 +49,6 @@ class _Bundle:
     max_lanes: int
     files: BundleFiles
     process: StepProcess
-    started_s: float
     trials: set[int]
     """Trials handed to it that have not ended."""
     finishing: bool = False
@@ -63,7 +61,6 @@ class OwnModeBackend:
         self,
         directory: Path,
         record: StudyRecord,
-        slurm: SlurmClient,
         hosts: HostWatch,
         launcher: BundleLauncher,
         clock: Clock,
@@ -71,11 +68,11 @@ class OwnModeBackend:
         self.directory, self.record = directory, record
         self.sources: dict[str, TrialSource] = {}
         """By purpose; demands are served in this order."""
-        self.on_change: Callable[[], None] = lambda: None
-        self._slurm, self._hosts, self._launcher, self._clock = slurm, hosts, launcher, clock
+        self._hosts, self._launcher, self._clock = hosts, launcher, clock
         self._bundles: dict[str, _Bundle] = {}
         self._reports: dict[str, SlotReport] = {}
-        self._num_launched = len(list((directory / "bundles").iterdir()))
+        names = [path.name[1:] for path in (directory / "bundles").iterdir()]
+        self._num_launched = max((int(name) for name in names if name.isdigit()), default=0)
         self._failures: dict[str, tuple[int, float]] = {}
 
     @property
@@ -121,7 +118,7 @@ class OwnModeBackend:
         try:
             files = BundleFiles.create(self.directory / "bundles" / name, spec)
             process = self._launcher.launch(spec)
-        except SlurmError as error:
+        except (SlurmError, OSError) as error:
             source.give_back(trials, {}, lost=False)
             self._hosts.refresh()
             self._note_failure(launch.slot_id)
@@ -137,7 +134,6 @@ class OwnModeBackend:
             spec.max_lanes,
             files,
             process,
-            self._clock.wall_s(),
             trials,
         )
         logger.info("bundle=%s purpose=%s slot=%s lanes=%d started", name, launch.purpose, launch.slot_id, len(lanes))
@@ -167,11 +163,13 @@ class OwnModeBackend:
         if stopped:
             bundle.files.send(InboxMessage("stop", trials=tuple(stopped), reason="pruned"))
         self._failures.pop(bundle.slot_id, None)
-        self.on_change()
 
     def _reap(self, bundle: _Bundle, status: int, view: HostView) -> None:
         self._take_in(bundle)
         del self._bundles[bundle.id]
+        if status not in (0, EXIT_GATE_GONE):
+            self._hosts.refresh()
+            view = self._hosts.view()  # whether its host has ended is seen only now
         host_left = bundle.slot.kind == "bubble" and (
             status == EXIT_GATE_GONE or bundle.slot.job_id not in {job.job_id for job in view.jobs}
         )
@@ -190,7 +188,6 @@ class OwnModeBackend:
             num_back,
             bundle.files.directory / "log",
         )
-        self.on_change()
 
     def _demands(self) -> tuple[Demand, ...]:
         return tuple(
@@ -200,7 +197,7 @@ class OwnModeBackend:
 
     def _max_lanes(self, purpose: str) -> int:
         description = self.record.description
-        return description.max_lanes if purpose == "search" else description.top_k
+        return description.max_lanes if purpose == "search" else max(description.top_k, 1)
 
     def _slots(self, view: HostView) -> tuple[Slot, ...]:
         taken = {bundle.slot_id for bundle in self.bundles}

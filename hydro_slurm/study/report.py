@@ -24,7 +24,7 @@ class StudyStatus:
 
     name: str
     phase: str
-    """search, verify, finished, or stopped."""
+    """search, verify, finished, stopped, or failed (the sentence says why)."""
     job_id: int
     counts: dict[str, int]
     bundles: list[str]

@@ -50,18 +50,17 @@ class Search:
             self._num_created += 1
             self._reported.update((frozen.number, step) for step in frozen.intermediate_values)
             if not frozen.state.is_finished():
-                self._live[frozen.number] = optuna.trial.Trial(self._study, frozen._trial_id)
-                self._waiting.append(self.lane(frozen.number, frozen.params))
+                trial = optuna.trial.Trial(self._study, frozen._trial_id)
+                for name, distribution in self._space.items():
+                    # Returns what the storage has; a controller that was cut off in asking left some out.
+                    trial._suggest(name, distribution)
+                self._live[frozen.number] = trial
+                self._waiting.append(self.lane(frozen.number, trial.params))
 
     @property
     def num_waiting(self) -> int:
         """Trials that could start now: those not created yet, and those that lost their lane."""
         return len(self._waiting) + self.description.trials - self._num_created
-
-    @property
-    def running(self) -> frozenset[int]:
-        """Numbers of the trials that some bundle has."""
-        return frozenset(self._running)
 
     @property
     def finished(self) -> bool:

@@ -57,11 +57,6 @@ class Verification:
         return len(self._waiting)
 
     @property
-    def running(self) -> frozenset[int]:
-        """Trial numbers that some bundle has."""
-        return frozenset(self._running)
-
-    @property
     def finished(self) -> bool:
         """Whether every configuration has ended."""
         return not self._waiting and not self._running
@@ -84,6 +79,12 @@ class Verification:
                 lane = self._lanes[trial]
                 self._lanes[trial] = LaneSpec(lane.trial, lane.params, lane.seed, checkpoints[trial])
             self._waiting.append(trial)
+
+    def set_checkpoints(self, checkpoints: dict[int, str]) -> None:
+        """Tell waiting configurations where to go on from (after a restart of the controller)."""
+        for trial in set(checkpoints) & set(self._waiting):
+            lane = self._lanes[trial]
+            self._lanes[trial] = LaneSpec(lane.trial, lane.params, lane.seed, checkpoints[trial])
 
     def record(self, results: Sequence[TrialResult]) -> list[int]:
         """Take in evaluations and ends; nothing is pruned here."""

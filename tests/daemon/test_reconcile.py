@@ -67,6 +67,19 @@ def test_run_ends_when_told() -> None:
     backend = RecordingBackend(World((), (), ()))
     clock = ManualClock()
     started_s = clock.wall_s()
-    answers = iter([False, False, False, False, True])
-    Reconciler(backend, interval_s=5.0, clock=clock).run(lambda: next(answers))
-    assert clock.wall_s() - started_s == 10.0
+    end_s = started_s + 12.0
+    Reconciler(backend, interval_s=5.0, clock=clock).run(lambda: clock.wall_s() >= end_s)
+    assert clock.wall_s() == end_s
+
+
+def test_a_long_back_off_is_left_at_once_when_told() -> None:
+    clock = ManualClock()
+    backend = RecordingBackend(World((DEMAND,), (Slot(id="a"),), ()))
+    backend.failure = SlurmUnavailableError("connection refused")
+    loop = Reconciler(backend, interval_s=1.0, clock=clock)
+    for _ in range(8):
+        loop.run_cycle()
+    assert loop.pause_s() == 60.0
+    end_s = clock.wall_s() + 2.0
+    loop.run(lambda: clock.wall_s() >= end_s)
+    assert clock.wall_s() == end_s

@@ -109,6 +109,16 @@ def test_a_restarted_search_goes_on_with_the_same_numbers(tmp_path: Path) -> Non
     assert again.counts()["COMPLETE"] == 6
 
 
+def test_a_trial_whose_asking_was_cut_off_gets_its_hyperparameters_later(tmp_path: Path) -> None:
+    first = Search(make_description(trials=2), tmp_path)
+    first._study.ask()  # created, but killed before anything was suggested
+    lanes = Search(make_description(trials=2), tmp_path).take(2)
+    assert [lane.trial for lane in lanes] == [0, 1]
+    assert all(1e-4 <= lane.params["lr"] <= 1 for lane in lanes)
+    again = Search(make_description(trials=2), tmp_path).take(2)
+    assert [lane.params for lane in again] == [lane.params for lane in lanes]
+
+
 def test_a_lost_trial_waits_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     search = Search(make_description(), tmp_path)
     search.take(2)

@@ -185,8 +185,10 @@ class BundleGate:
         if self.leave_requested:
             raise LeaveRequested
         self._in_check = True
-        self._check(site)
-        self._in_check = False
+        try:
+            self._check(site)
+        finally:
+            self._in_check = False
 
     def rest(self, seconds: float) -> None:
         """Sleep for a while; nothing is being computed.
