@@ -186,11 +186,11 @@ def test_schedules_are_closed_forms() -> None:
 
 def test_check_says_what_the_surrogate_is_and_what_it_costs() -> None:
     found = json.loads(check_study(EXAMPLE, as_json=True))
-    assert found["num_parameters"] == {"target": 150794, "surrogate": 13130}
+    assert found["num_parameters"] == {"target": 42634, "surrogate": 4522}
     assert found["parameters"]["2.weight"]["kind"] == "hidden"
     assert found["readouts"] == ["6"]
     assert found["step_ms"] > 0
-    assert found["memory_bytes"] > 8 * 13130 * 4
+    assert found["memory_bytes"] > 8 * 4522 * 4
 
 
 @pytest.mark.parametrize(
@@ -222,4 +222,4 @@ def test_a_profile_is_written_under_its_key(study_file: Callable[[str], Path], t
 def test_describe_as_text_names_every_setting() -> None:
     text = describe_study(EXAMPLE, as_json=False)
     assert "name: digits" in text
-    assert "rungs: [15, 44, 133, 400]" in text
+    assert "rungs: [178, 533, 1600]" in text
