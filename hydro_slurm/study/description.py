@@ -90,6 +90,10 @@ class StudyRecord:
     """The interpreter that bundles run under."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables that the controller and its bundles are given."""
+    lane_bytes: int = 0
+    """Estimated memory of one surrogate lane, in bytes; 0 if unknown."""
+    target_lane_bytes: int = 0
+    """The same of one lane on the target."""
 
     def check_file_unchanged(self) -> None:
         """Refuse to go on with a study file other than the one that was submitted.

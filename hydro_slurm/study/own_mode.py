@@ -191,9 +191,14 @@ class OwnModeBackend:
 
     def _demands(self) -> tuple[Demand, ...]:
         return tuple(
-            Demand(purpose=name, num_waiting=source.num_waiting, sizing=SizingPolicy(max_lanes=self._max_lanes(name)))
+            Demand(purpose=name, num_waiting=source.num_waiting, sizing=self._sizing(name))
             for name, source in self.sources.items()
         )
+
+    def _sizing(self, purpose: str) -> SizingPolicy:
+        record = self.record
+        lane_bytes = record.lane_bytes if purpose == "search" else record.target_lane_bytes
+        return SizingPolicy(max_lanes=self._max_lanes(purpose), lane_bytes=lane_bytes)
 
     def _max_lanes(self, purpose: str) -> int:
         description = self.record.description

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydro_slurm.clock import Clock, SystemClock
 from hydro_slurm.slurm import BatchRequest, SlurmClient
@@ -45,7 +46,7 @@ def prepare_study(
     """
     file = file.absolute()
     description = describe(file)
-    run_verb("check", file)
+    lane_bytes, target_lane_bytes = _memory_of_lanes(run_verb("check", file))
     if trials is not None:
         description = dataclasses.replace(description, trials=trials)
     record = StudyRecord(
@@ -57,10 +58,19 @@ def prepare_study(
         created_at_s=(clock or SystemClock()).wall_s(),
         python=sys.executable,
         environment=recorded_environment(),
+        lane_bytes=lane_bytes,
+        target_lane_bytes=target_lane_bytes,
     )
     directory = studies_dir() / record.name
     create_study(record, directory)
     return directory
+
+
+def _memory_of_lanes(found: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of one surrogate lane and of one target lane, from what `check` measured of several of the former."""
+    lane_bytes = found["memory_bytes"] // max(found["lanes"], 1)
+    parameters = found["num_parameters"]
+    return lane_bytes, lane_bytes * parameters["target"] // max(parameters["surrogate"], 1)
 
 
 def submit_study(directory: Path, slurm: SlurmClient, sbatch_options: Sequence[str] = ()) -> int:

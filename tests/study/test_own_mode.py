@@ -12,6 +12,7 @@ from workbench import Workbench
 
 from hydro_slurm import formats
 from hydro_slurm.model import BundleProgress, BundleSpec, TrialResult
+from hydro_slurm.study.description import read_study
 from hydro_slurm.study.report import StudySummary
 from hydro_slurm.testbed import Testbed
 
@@ -60,6 +61,8 @@ def test_a_study_runs_in_the_bubbles_of_a_host_job(desk: Workbench) -> None:
     assert {spec.slot.job_id for spec in specs(directory)} == {host}
     assert {spec.slot.node for spec in specs(directory)} == set(desk.client.job(host).nodes)
     assert {(spec.purpose, spec.width_scale) for spec in specs(directory)} == {("search", 4.0), ("verify", 1.0)}
+    record = read_study(directory)
+    assert 0 < record.lane_bytes < record.target_lane_bytes
     shown = desk.hydro("study", "show", "small").stdout
     assert "phase finished" in shown
     assert "verified 1: trial" in shown
