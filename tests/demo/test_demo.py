@@ -15,6 +15,7 @@ from typing import TypeVar
 import psutil
 import pytest
 
+from hydro_slurm.errors import TestbedError
 from hydro_slurm.testbed import Testbed, list_testbeds
 
 T = TypeVar("T")
@@ -91,14 +92,16 @@ def test_summary_matches_what_slurm_says_meanwhile(base: Path, tmp_path: Path) -
     seen: dict[str, tuple[str, str]] = {}
     jobs: dict[int, tuple[str, str, str]] = {}
     while demo.poll() is None:
-        seen.update(bundle_steps(testbed))
-        done = testbed.run(["squeue", "--noheader", "--format=%i %u %T %j"], check=False)
+        try:
+            seen.update(bundle_steps(testbed))
+            done = testbed.run(["squeue", "--noheader", "--format=%i %u %T %j"], check=False)
+        except (OSError, TestbedError):
+            break  # the demo has come to its end and takes its cluster down
         for line in done.stdout.splitlines():
             number, user, state, name = line.split(None, 3)
             jobs[int(number)] = (user, name, state)
         time.sleep(1.0)
-    assert demo.stdout is not None
-    printed = demo.stdout.read()
+    printed, _ = demo.communicate(timeout=120)
     assert demo.returncode == 0, printed
     summary = json.loads((output / "summary.json").read_text())
     host, study = summary["host"], summary["study"]
