@@ -22,7 +22,7 @@ T = TypeVar("T")
 POLL_S = 3.0
 """Seconds between two looks: the demo itself must not disturb what it measures."""
 
-ARMS = "alone+bubbles," * 4 + "colocated:4,exclusive"
+ARMS = "alone+bubbles," * 2 + "colocated:4,exclusive"
 """One round of measured blocks, in random order; what is compared most closely comes side by side, and most often."""
 
 

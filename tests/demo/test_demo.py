@@ -87,7 +87,7 @@ def bundle_steps(testbed: Testbed) -> dict[str, tuple[str, str]]:
 
 def test_summary_matches_what_slurm_says_meanwhile(base: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    demo = start_demo(base, output, "--trials=32", "--block-iterations=3")
+    demo = start_demo(base, output, "--trials=64", "--block-iterations=3")
     testbed = wait_for("the cluster", lambda: running_testbed(base), demo)
     seen: dict[str, tuple[str, str]] = {}
     jobs: dict[int, tuple[str, str, str]] = {}
@@ -114,7 +114,7 @@ def test_summary_matches_what_slurm_says_meanwhile(base: Path, tmp_path: Path) -
     assert seen.items() <= said.items() or said.items() <= seen.items(), (seen, said)
     assert len(set(seen) & set(said)) >= 2
     assert all(step.startswith(f"{host['job_id']}.") for step in said)
-    assert sum(study["trials"].values()) == 32
+    assert sum(study["trials"].values()) == 64
     assert study["trials"]["fail"] == 0
     assert study["best"] is not None
     assert study["verified"]
