@@ -79,10 +79,11 @@ class Reconciler:
             self.last_sentence = sentence
         return sentence
 
-    def run(self, finished: Callable[[], bool]) -> None:
-        """Run cycles until `finished` says so."""
+    def run(self, finished: Callable[[], bool], after_cycle: Callable[[], None]) -> None:
+        """Run cycles until `finished`, which is asked often, says so; `after_cycle` follows every cycle, once."""
         while not finished():
             self.run_cycle()
+            after_cycle()
             pause_s = self.pause_s()
             while pause_s > 0 and not finished():  # in slices: whoever asks it to end does not wait out a back-off
                 self.clock.sleep(min(pause_s, SLICE_S))

@@ -73,7 +73,8 @@ class StudyController:
             signal.signal(number, self._on_signal)
         try:
             self._pick_up()
-            self.loop.run(self._cycle_done)
+            self._after_cycle()
+            self.loop.run(lambda: bool(self._stop_signal) or self.finished, self._after_cycle)
         except Exception as error:
             self.loop.last_sentence = f"{type(error).__name__}: {error}"
             self._leave()
@@ -86,10 +87,9 @@ class StudyController:
         write_summary(self.directory, self.record, self.search, self.verification)
         return 0
 
-    def _cycle_done(self) -> bool:
+    def _after_cycle(self) -> None:
         self._advance_phase()
         self._publish(self.phase)
-        return bool(self._stop_signal) or self.finished
 
     @property
     def phase(self) -> str:

@@ -68,7 +68,7 @@ def test_run_ends_when_told() -> None:
     clock = ManualClock()
     started_s = clock.wall_s()
     end_s = started_s + 12.0
-    Reconciler(backend, interval_s=5.0, clock=clock).run(lambda: clock.wall_s() >= end_s)
+    Reconciler(backend, interval_s=5.0, clock=clock).run(lambda: clock.wall_s() >= end_s, lambda: None)
     assert clock.wall_s() == end_s
 
 
@@ -81,5 +81,5 @@ def test_a_long_back_off_is_left_at_once_when_told() -> None:
         loop.run_cycle()
     assert loop.pause_s() == 60.0
     end_s = clock.wall_s() + 2.0
-    loop.run(lambda: clock.wall_s() >= end_s)
+    loop.run(lambda: clock.wall_s() >= end_s, lambda: None)
     assert clock.wall_s() == end_s

@@ -142,19 +142,27 @@ def test_a_controller_that_is_killed_goes_on_with_the_same_trials(desk: Workbenc
     desk.client.cancel(job_id, signal="KILL")
     desk.client.cancel(job_id)
     assert desk.client.wait_job(job_id, timeout_s=60) in ("CANCELLED", "FAILED")
-    again = desk.run(
-        ["sbatch", "--parsable", "--mem=500M", f"--output={desk.home}/again.log", "--wrap", run_command(directory)]
-    )
-    job_id = int(again.stdout)
-    desk.jobs.append(job_id)
+    job_id = desk.sbatch_study(str(directory))
     summary = desk.wait_summary(directory, job_id)
     check_counted_once(directory, summary, 8)
 
 
-def run_command(directory: Path) -> str:
-    import sys
-
-    return f"exec {sys.executable} -m hydro_slurm.cli.main study run {directory}"
+def test_plain_sbatch_runs_a_study_file_and_goes_on_with_it_the_second_time(desk: Workbench) -> None:
+    desk.submit_host()
+    arguments = (str(desk.study_file(steps=1500)), "--own-allocation=never", "--poll-s=0.3", "--slurm-poll-s=1")
+    first = desk.sbatch_study(*arguments)
+    directory = desk.home / "hydro/studies/small"
+    desk.wait("a bundle under way", lambda: running_progress(directory, 200))
+    desk.client.cancel(first)
+    assert desk.client.wait_job(first, timeout_s=60) == "CANCELLED"
+    before = len(specs(directory))
+    second = desk.sbatch_study(*arguments)
+    summary = desk.wait_summary(directory, second)
+    check_counted_once(directory, summary, 8)
+    assert summary.counts["FAIL"] == 0
+    assert len(specs(directory)) > before > 0
+    assert [path.name for path in directory.parent.iterdir()] == ["small"]
+    assert desk.client.wait_job(second, timeout_s=60) == "COMPLETED"
 
 
 def test_without_a_host_a_study_may_use_its_own_allocation(desk: Workbench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -104,6 +105,14 @@ class Workbench:
         found = json.loads(done.stdout)
         self.jobs.append(found["job_id"])
         return found["job_id"], Path(found["directory"])
+
+    def sbatch_study(self, *arguments: str) -> int:
+        """Submit `hydro study run ARGUMENTS` as an ordinary batch script. Returns the job's id."""
+        command = shlex.join([sys.executable, "-m", "hydro_slurm.cli.main", "study", "run", *arguments])
+        output = self.home / f"sbatch-{len(self.jobs)}.log"
+        done = self.run(["sbatch", "--parsable", "--mem=500M", f"--output={output}", "--wrap", f"exec {command}"])
+        self.jobs.append(int(done.stdout))
+        return self.jobs[-1]
 
     def wait(self, what: str, check: Callable[[], T | None], *, timeout_s: float = 120.0) -> T:
         """Poll until `check` returns something true."""
