@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SAMPLERS = ("tpe", "random")
 PRUNERS = ("successive_halving", "median", "none")
 DIRECTIONS = ("minimize", "maximize")
+PRECISION_NAMES = ("full", "bf16")
+DATA_ORDERS = ("shared", "per_trial")
 RUNG_FACTOR = 3
 """Each rung has this many times the steps of the one before it, where only their number is given."""
 
@@ -70,6 +72,7 @@ class Study:
     space: Mapping[str, BaseDistribution]
     """What is searched: hyperparameter name to `Float`, `Int` or `Categorical`."""
     batch_size: int
+    """Samples per microbatch."""
     steps: int
     """Optimizer steps of a trial that is never pruned."""
     metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] = field(default_factory=dict)
@@ -93,6 +96,12 @@ class Study:
     top_k: int = 3
     """How many of the best configurations are verified on the target."""
     seed: int = 0
+    accumulate: int = 1
+    """Microbatches per optimizer step; their gradients are averaged."""
+    precision: str = "full"
+    """full, or bf16: forward and backward under autocast, parameters and optimizer state in their own type."""
+    data_order: str = "shared"
+    """shared: all trials see the samples in the same order; per_trial: each in an order of its own."""
     sampler: str = "tpe"
     pruner: str = "successive_halving"
     parameter_kinds: Mapping[str, str] = field(default_factory=dict)
@@ -104,12 +113,14 @@ class Study:
         self._check_choice("sampler", SAMPLERS)
         self._check_choice("pruner", PRUNERS)
         self._check_choice("direction", DIRECTIONS)
+        self._check_choice("precision", PRECISION_NAMES)
+        self._check_choice("data_order", DATA_ORDERS)
         if not isinstance(self.name, str) or not NAME_PATTERN.fullmatch(self.name):
             raise StudyError(f"Study.name: got {self.name!r}, needed letters, digits, '.', '_' or '-', at most 63")
         for what in ("build", "data", "loss"):
             if not callable(getattr(self, what)):
                 raise StudyError(f"Study.{what}: got {getattr(self, what)!r}, needed a function")
-        for what in ("batch_size", "steps", "trials", "max_lanes", "top_k"):
+        for what in ("batch_size", "steps", "trials", "max_lanes", "accumulate", "top_k"):
             self._check_whole_number(what, 0 if what == "top_k" else 1)
         self._check_whole_number("seed", 0)
         if not isinstance(self.width_scale, (int, float)) or not 1 <= self.width_scale < math.inf:

@@ -72,7 +72,7 @@ class FlatLayout:
         Raises:
             FusionError: A parameter is missing or has another shape.
         """
-        row_P = torch.zeros(self.row_size, dtype=self.dtype)
+        row_P = torch.zeros(self.row_size, dtype=self.dtype)  # on the CPU, where checkpoints and new lanes come from
         for name, shape in self.shapes.items():
             value = values.get(name)
             if value is None or value.shape != shape:

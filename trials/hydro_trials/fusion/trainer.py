@@ -4,68 +4,37 @@ A step is a transaction: everything that may block or be interrupted (data, forw
 the lanes untouched; then parameters, optimizer state, buffers and step counters change together. So the gate may throw
 the bundle out at any boundary, and what is then checkpointed is the state after a whole number of steps.
 
-Shape suffixes: F = lanes, B = samples per lane, P = values per row.
+Shape suffixes: F = lanes, B = samples per lane, P = values per row, N = samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from hydro_slurm.errors import FusionError
 from hydro_trials.fusion import sites
+from hydro_trials.fusion.batch import num_samples
+from hydro_trials.fusion.general import GeneralProgram
+from hydro_trials.fusion.lanes import Lane, LaneStack, LaneState
 from hydro_trials.fusion.layout import FlatLayout
-from hydro_trials.fusion.optimizers import FusedOptimizer, LaneSettings
-from hydro_trials.fusion.program import Check, FusedProgram
-from hydro_trials.fusion.streams import SampleStream, derive_seed
+from hydro_trials.fusion.optimizers import FusedOptimizer
+from hydro_trials.fusion.program import GENERAL, PRECISIONS, SEPARATE, Check, Program
+from hydro_trials.fusion.programs import make_program
+from hydro_trials.fusion.refusal import NotFusableError
+from hydro_trials.fusion.separate import SeparateProgram
+from hydro_trials.fusion.streams import SampleStream, derive_seed, make_batch
 from hydro_trials.study import Data, Study
 from hydro_trials.surrogate import Surrogate, check_readouts
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class LaneState:
-    """Everything that makes a lane go on where it stopped; every tensor is a copy of its own."""
-
-    step: int
-    parameters: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    optimizer: dict[str, dict[str, Tensor]]
-
-
-@dataclass
-class Lane:
-    """One trial in the bundle; its row is its place in `FusedTrainer.lanes`."""
-
-    trial: int
-    seed: int
-    values: dict[str, float]
-    stream: SampleStream
-    step: int = 0
-    settings: LaneSettings = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.advance(self.step)
-
-    def advance(self, step: int) -> None:
-        self.step = step
-        self.settings = LaneSettings(step, self.values)
-
-
-@dataclass
-class _Stack:
-    """Tensors with one row per lane."""
-
-    flat: Tensor
-    slots: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    finite: Tensor
-    """Whether all losses since the lane began were finite."""
-    num_finite: Tensor
-    """Steps up to the last finite loss."""
-    losses: Tensor
+T = TypeVar("T")
 
 
 class FusedTrainer:
@@ -77,37 +46,57 @@ class FusedTrainer:
         data: The study's samples.
         num_steps: The whole budget, which schedules refer to.
         check: Called at every boundary between quanta. It may raise: the step is then as if never begun.
+        kind: How lanes are run; a model that cannot be fused is run lane by lane, whatever is asked.
+        device: Where lanes live; samples are copied there once.
     """
 
-    def __init__(self, study: Study, surrogate: Surrogate, data: Data, num_steps: int, check: Check) -> None:
-        self.study, self.surrogate, self.data, self.check = study, surrogate, data, check
-        self._template = surrogate.make(0)
+    def __init__(
+        self,
+        study: Study,
+        surrogate: Surrogate,
+        data: Data,
+        num_steps: int,
+        check: Check,
+        *,
+        kind: str = GENERAL,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.study, self.surrogate, self.num_steps, self.check = study, surrogate, num_steps, check
+        self.device = torch.device(device)
+        self.data = data if self.device.type == "cpu" else _moved(data, self.device)
+        self._template = surrogate.make(0).to(self.device)
         self.layout = FlatLayout.of(self._template)
-        self.program = FusedProgram(self._template, study.loss, check)
         self.optimizer = FusedOptimizer(study.optimizer, study.schedule, num_steps, self.layout, surrogate.rules)
+        self.refusal: NotFusableError | None = None
+        """Why lanes run one by one, where the model left no choice."""
+        self.program: Program = self._make_program(kind)
         self.lanes: list[Lane] = []
         self._checked_readouts = False
         self._late: BaseException | None = None
         self.torn = False
         """Whether an update was broken off half way (out of memory): the lanes' state is no whole step."""
-        flat_FP = torch.zeros(0, self.layout.row_size, dtype=self.layout.dtype)
-        constants = self._constants(self._template)
-        empty = _Stack(
-            flat=flat_FP,
-            slots={name: torch.zeros_like(flat_FP) for name in self.optimizer.slot_names},
-            buffers={name: tensor.unsqueeze(0)[:0] for name, tensor in constants.items()},
-            finite=torch.ones(0, dtype=torch.bool),
-            num_finite=torch.zeros(0, dtype=torch.long),
-            losses=torch.zeros(0, dtype=self.layout.dtype),
-        )
-        self._install(empty, [])
+        self._install(self._empty(), [])
 
     @property
     def trials(self) -> list[int]:
+        """The lanes' trials, in the order of their rows."""
         return [lane.trial for lane in self.lanes]
 
     def lane(self, trial: int) -> Lane:
-        return self.lanes[self.trials.index(trial)]
+        """The lane of a trial."""
+        return self.lanes[self._row(trial)]
+
+    def use(self, kind: str, *, depth: int | None = None) -> None:
+        """Run lanes another way from the next step on.
+
+        Raises:
+            FusionError: The model cannot be run that way.
+        """
+        self.program = self._make_program(kind, depth)
+
+    def new_module(self) -> nn.Module:
+        """A module of the lanes' structure, for a program; its parameters mean nothing."""
+        return self.surrogate.make(0).to(self.device)
 
     def admit(self, trial: int, seed: int, values: Mapping[str, float], state: LaneState | None = None) -> None:
         """Add one lane, new or going on from `state`.
@@ -117,11 +106,7 @@ class FusedTrainer:
         """
         if trial in self.trials:
             raise FusionError(f"trial {trial} is in this bundle already")
-        if state is None:
-            module = self.surrogate.make(derive_seed(seed, "init"))
-            state = LaneState(
-                0, {name: p.detach() for name, p in module.named_parameters()}, self._constants(module), {}
-            )
+        state = state or self._initial_state(seed)
         row_P = self.layout.pack(state.parameters)
         slots = {
             name: self.layout.pack(state.optimizer[name]) if name in state.optimizer else torch.zeros_like(row_P)
@@ -137,57 +122,64 @@ class FusedTrainer:
                 raise FusionError(
                     f"the checkpoint of trial {trial} has no fitting buffer {name}; is this another model?"
                 )
-        num_samples = len(self.data.train[0])
-        stream = SampleStream(seed, num_samples, self.study.batch_size)
-        lane = Lane(trial, seed, dict(values), stream, state.step)
-        one = torch.ones(1, dtype=torch.bool)
-        self._install(
-            _Stack(
-                flat=torch.cat([self._stack.flat, row_P.unsqueeze(0)]),
-                slots={k: torch.cat([old, slots[k].unsqueeze(0)]) for k, old in self._stack.slots.items()},
-                buffers={
-                    k: torch.cat([old, state.buffers[k].detach().unsqueeze(0)])
-                    for k, old in self._stack.buffers.items()
-                },
-                finite=torch.cat([self._stack.finite, one]),
-                num_finite=torch.cat([self._stack.num_finite, one * state.step]),
-                losses=torch.cat([self._stack.losses, row_P.new_full((1,), torch.nan)]),
-            ),
-            [*self.lanes, lane],
+        batch_size = round(values.get("batch_size", self.study.batch_size))
+        order = self.study.seed if self.study.data_order == "shared" else seed
+        stream = SampleStream(order, num_samples(self.data.train[0]), batch_size)
+        one = torch.ones(1, dtype=torch.bool, device=self.device)
+        row = LaneStack(
+            flat=row_P.unsqueeze(0).to(self.device),
+            slots={name: slot.unsqueeze(0).to(self.device) for name, slot in slots.items()},
+            buffers={k: state.buffers[k].detach().unsqueeze(0).to(self.device) for k in self._stack.buffers},
+            finite=one,
+            num_finite=one * state.step,
+            losses=torch.full((1,), torch.nan, dtype=self.layout.dtype, device=self.device),
         )
+        self._install(self._stack.joined(row), [*self.lanes, Lane(trial, seed, dict(values), stream, state.step)])
 
     def drop(self, trials: Collection[int]) -> None:
         """Remove lanes; the others keep parameters, buffers, optimizer state and step."""
         rows = [row for row, lane in enumerate(self.lanes) if lane.trial not in trials]
-        if len(rows) == len(self.lanes):
-            return
-        kept = torch.tensor(rows, dtype=torch.long)
-        old = self._stack
-        self._install(
-            _Stack(
-                flat=old.flat.index_select(0, kept),
-                slots={name: tensor.index_select(0, kept) for name, tensor in old.slots.items()},
-                buffers={name: tensor.index_select(0, kept) for name, tensor in old.buffers.items()},
-                finite=old.finite.index_select(0, kept),
-                num_finite=old.num_finite.index_select(0, kept),
-                losses=old.losses.index_select(0, kept),
-            ),
-            [self.lanes[row] for row in rows],
+        if len(rows) < len(self.lanes):
+            self._install(self._stack.select(rows), [self.lanes[row] for row in rows])
+
+    def split(self, trials: Collection[int]) -> FusedTrainer:
+        """Move lanes, as they are, to a new trainer.
+
+        Raises:
+            FusionError: One of them is not here.
+        """
+        rows = [self._row(trial) for trial in trials]
+        other = FusedTrainer(
+            self.study,
+            self.surrogate,
+            self.data,
+            self.num_steps,
+            self.check,
+            kind=self.program.kind,
+            device=self.device,
         )
+        other._install(self._stack.select(rows), [self.lanes[row] for row in rows])
+        self.drop(trials)
+        return other
+
+    def merge(self, other: FusedTrainer) -> None:
+        """Take over all lanes of another trainer of the same study and width; it is empty afterwards.
+
+        Raises:
+            FusionError: The trainers differ, or both have a trial; neither has changed then.
+        """
+        if other.layout != self.layout or (other.study, other.num_steps) != (self.study, self.num_steps):
+            raise FusionError("got bundles of different studies, widths or budgets, needed two of the same to merge")
+        twice = set(self.trials) & set(other.trials)
+        if twice:
+            raise FusionError(f"trials {sorted(twice)} are in both bundles; drop them from one")
+        self._install(self._stack.joined(other._stack), [*self.lanes, *other.lanes])
+        other._install(other._empty(), [])
 
     def step(self) -> None:
         """One optimizer step of every lane."""
-        self.check(sites.STEP)
-        x_FB, y_FB = self._batch()
-        self.check(sites.FORWARD)
         stack = self._stack
-        buffers = {name: tensor.clone() for name, tensor in stack.buffers.items()}
-        losses_F, gradients = self.program.gradients(self._parameters, buffers, x_FB, y_FB)
-        if not self._checked_readouts:
-            check_readouts(self.surrogate, self._template)
-            self._checked_readouts = True
-        self.check(sites.FLATTEN)
-        grad_FP = self._flatten(gradients)
+        losses_F, grad_FP, buffers = self._fallible(self._gradients)
         self.check(sites.UPDATE)
         self.torn = True
         self.optimizer.update(
@@ -203,7 +195,7 @@ class FusedTrainer:
 
     def loss(self, trial: int) -> float:
         """The lane's loss on its last training batch; not a number before its first step here."""
-        return float(self._stack.losses[self.trials.index(trial)])
+        return float(self._stack.losses[self._row(trial)])
 
     def diverged(self, *, thorough: bool) -> dict[int, tuple[int, str]]:
         """Lanes that are no longer finite: trial to (last finite step, reason).
@@ -223,27 +215,59 @@ class FusedTrainer:
             found[self.lanes[row].trial] = (step, reason)
         return found
 
-    def evaluate(self, trials: Collection[int]) -> dict[int, dict[str, float]]:
-        """The loss and every metric on the validation set, by trial; keys `valid.loss`, `valid.NAME`."""
+    def evaluate(
+        self, trials: Collection[int], failures: dict[int, Exception] | None = None
+    ) -> dict[int, dict[str, float]]:
+        """The loss and every metric on the validation set, by trial; keys `valid.loss`, `valid.NAME`.
+
+        Args:
+            trials: Whom to evaluate.
+            failures: Takes the exception of each lane whose loss or metric raises; without it, the first is raised.
+        """
         rows = [row for row, lane in enumerate(self.lanes) if lane.trial in trials]
-        kept = torch.tensor(rows, dtype=torch.long)
-        parameters = {name: tensor.detach().index_select(0, kept) for name, tensor in self._parameters.items()}
-        buffers = {name: tensor.index_select(0, kept) for name, tensor in self._stack.buffers.items()}
+        chosen = self._stack.select(rows)
+        lanes = [self.lanes[row] for row in rows]
+        seeds = tuple(derive_seed(lane.seed, "evaluation", lane.step) for lane in lanes)
         x_N, y_N = self.data.valid
-        outputs_FN = self.program.outputs(parameters, buffers, x_N, self.study.batch_size)
+        views = self.layout.views(chosen.flat)
+        outputs_FN = self._fallible(
+            lambda: self.program.outputs(views, chosen.buffers, x_N, self.study.batch_size, seeds)
+        )
         results: dict[int, dict[str, float]] = {}
-        for row, output_N in zip(rows, outputs_FN, strict=True):
+        for row, lane in enumerate(lanes):
             self.check(sites.MEASURE)
-            with torch.no_grad():
-                values = {"valid.loss": float(self.study.loss(output_N, y_N))}
-                for name, metric in self.study.metrics.items():
-                    values[f"valid.{name}"] = float(metric(output_N, y_N))
-            results[self.lanes[row].trial] = values
+            output_N = tree_map(lambda leaf, row=row: leaf[row] if isinstance(leaf, Tensor) else leaf, outputs_FN)
+            try:
+                with torch.no_grad():
+                    values = {"valid.loss": float(self.study.loss(output_N, y_N))}
+                    for name, metric in self.study.metrics.items():
+                        values[f"valid.{name}"] = float(metric(output_N, y_N))
+            except Exception as error:
+                if failures is None:
+                    raise
+                failures[lane.trial] = error
+            else:
+                results[lane.trial] = values
         return results
+
+    def culprits(self) -> dict[int, Exception]:
+        """Lanes whose next step raises when they are alone, with what they raise. Changes nothing."""
+        found: dict[int, Exception] = {}
+        program = self._make_program(SEPARATE)
+        for row, lane in enumerate(self.lanes):
+            alone = self._stack.select([row])
+            parameters = {k: view.requires_grad_() for k, view in self.layout.views(alone.flat).items()}
+            try:
+                for microbatch in range(self.study.accumulate):
+                    batch = make_batch(self.data, [lane.place], microbatch, self.study.accumulate)
+                    program.gradients(parameters, alone.buffers, batch)
+            except Exception as error:
+                found[lane.trial] = error
+        return found
 
     def state(self, trial: int) -> LaneState:
         """A copy of one lane, for a checkpoint; shares no memory with the bundle."""
-        row = self.trials.index(trial)
+        row = self._row(trial)
         return LaneState(
             step=self.lanes[row].step,
             parameters=self.layout.unpack(self._stack.flat[row]),
@@ -251,22 +275,59 @@ class FusedTrainer:
             optimizer={name: self.layout.unpack(tensor[row]) for name, tensor in self._stack.slots.items()},
         )
 
-    def step_bytes(self) -> int:
-        """Estimate of what a step of all lanes needs: their state, gradients twice over and two temporaries."""
-        stack = self._stack
-        tensors = [stack.flat, *stack.slots.values(), *stack.buffers.values(), *[stack.flat] * 4]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    def export(self, trial: int) -> dict[str, Tensor]:
+        """One lane as an ordinary `state_dict` of the plain module, on the CPU; shares no memory with the bundle."""
+        module = self.surrogate.make(0)
+        state = self.state(trial)
+        known = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        with torch.no_grad():
+            for name, value in {**state.parameters, **state.buffers}.items():
+                known[name].copy_(value)
+        return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+    def state_bytes(self) -> int:
+        """Memory of what the lanes keep between steps: parameters, optimizer state, buffers."""
+        return self._stack.num_bytes
 
     def set_check(self, check: Check) -> None:
         """Have another gate asked at the boundaries."""
-        self.check = self.program.check = check
+        self.check = check
+        self.program.set_check(check)
 
-    def _batch(self) -> tuple[Tensor, Tensor]:
-        index = torch.cat([lane.stream.indices(lane.step) for lane in self.lanes])
-        shape = (len(self.lanes), self.study.batch_size)
-        x_N, y_N = self.data.train
-        x_FB = x_N.index_select(0, index).view(*shape, *x_N.shape[1:])
-        return x_FB, y_N.index_select(0, index).view(*shape, *y_N.shape[1:])
+    def _gradients(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Losses (F,) and gradients (F, P), averaged over a step's microbatches, and what the buffers become."""
+        num = self.study.accumulate
+        places = [lane.place for lane in self.lanes]
+        buffers = {name: tensor.clone() for name, tensor in self._stack.buffers.items()}
+        losses_F = grad_FP = None
+        for microbatch in range(num):
+            self.check(sites.STEP)
+            batch = make_batch(self.data, places, microbatch, num)
+            self.check(sites.FORWARD)
+            new_losses_F, gradients = self.program.gradients(self._parameters, buffers, batch)
+            self.check(sites.FLATTEN)
+            new_grad_FP = self._flatten(gradients)
+            losses_F = new_losses_F if losses_F is None else losses_F + new_losses_F
+            grad_FP = new_grad_FP if grad_FP is None else grad_FP.add_(new_grad_FP)
+        assert losses_F is not None and grad_FP is not None
+        if not self._checked_readouts and isinstance(self.program, (GeneralProgram, SeparateProgram)):
+            check_readouts(self.surrogate, self.program.module)
+            self._checked_readouts = True
+        return (losses_F / num, grad_FP.div_(num), buffers) if num > 1 else (losses_F, grad_FP, buffers)
+
+    def _fallible(self, run: Callable[[], T]) -> T:
+        """Run something of the program; where the model cannot be fused, say so and do it lane by lane."""
+        try:
+            return run()
+        except NotFusableError as error:
+            logger.warning("%s", error)
+            self.refusal = error
+            self.use(SEPARATE)
+            return run()
+
+    def _make_program(self, kind: str, depth: int | None = None) -> Program:
+        dtype = PRECISIONS[self.study.precision]
+        return make_program(kind, self.new_module, self.study.loss, self.check, dtype=dtype, depth=depth)
 
     def _flatten(self, gradients: Sequence[Tensor]) -> Tensor:
         num_lanes = len(self.lanes)
@@ -277,16 +338,32 @@ class FusedTrainer:
                 pieces.append(gap)
         return torch.cat(pieces, dim=1)
 
-    def _install(self, stack: _Stack, lanes: list[Lane]) -> None:
+    def _install(self, stack: LaneStack, lanes: list[Lane]) -> None:
         """Put other rows in place, all at once: whatever can fail has been done before."""
         views = {k: view.detach().requires_grad_() for k, view in self.layout.views(stack.flat).items()}
         gaps = [stack.flat.new_zeros(len(lanes), size) if size else None for size in self.layout.gaps()]
         self._stack, self.lanes, self._parameters, self._gaps, self.torn = stack, lanes, views, gaps, False
 
-    def _constants(self, module: nn.Module) -> dict[str, Tensor]:
-        """Buffers and frozen parameters: stacked like parameters, touched by no optimizer."""
-        frozen = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
-        return {**frozen, **dict(module.named_buffers())}
+    def _empty(self) -> LaneStack:
+        flat_FP = torch.zeros(0, self.layout.row_size, dtype=self.layout.dtype, device=self.device)
+        return LaneStack(
+            flat=flat_FP,
+            slots={name: torch.zeros_like(flat_FP) for name in self.optimizer.slot_names},
+            buffers={name: tensor.unsqueeze(0)[:0] for name, tensor in _constants(self._template).items()},
+            finite=torch.ones(0, dtype=torch.bool, device=self.device),
+            num_finite=torch.zeros(0, dtype=torch.long, device=self.device),
+            losses=torch.zeros(0, dtype=self.layout.dtype, device=self.device),
+        )
+
+    def _initial_state(self, seed: int) -> LaneState:
+        module = self.surrogate.make(derive_seed(seed, "init"))
+        return LaneState(0, {name: p.detach() for name, p in module.named_parameters()}, _constants(module), {})
+
+    def _row(self, trial: int) -> int:
+        for row, lane in enumerate(self.lanes):
+            if lane.trial == trial:
+                return row
+        raise FusionError(f"trial {trial} is not in this bundle; it holds {self.trials}")
 
     def _quiet_check(self) -> None:
         """A boundary inside the update: an exception waits until the update is whole."""
@@ -300,3 +377,14 @@ class FusedTrainer:
         if self._late is not None:
             late, self._late = self._late, None
             raise late
+
+
+def _constants(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers and frozen parameters: stacked like parameters, touched by no optimizer."""
+    frozen = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
+    return {**frozen, **dict(module.named_buffers())}
+
+
+def _moved(data: Data, device: torch.device) -> Data:
+    train, valid = tree_map(lambda tensor: tensor.to(device), (data.train, data.valid))
+    return Data(train=train, valid=valid)

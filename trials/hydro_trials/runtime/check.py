@@ -57,7 +57,7 @@ def check_study(file: Path, *, as_json: bool) -> str:
         "lanes": len(trainer.lanes),
         "step_ms": round(step_ms, 3),
         "quantum_p99_us": round(gate.quantum_p99_ns / 1e3, 1),
-        "memory_bytes": trainer.step_bytes(),
+        "memory_bytes": trainer.state_bytes(),
     }
     return json.dumps(document) if as_json else _to_text(document)
 

@@ -55,7 +55,7 @@ def profile_study(file: Path, output: Path | None, lanes: list[int], *, as_json:
                 "lane_steps_per_s": round(num_lanes / step_s, 1),
                 "step_ms": round(step_s * 1e3, 3),
                 "quantum_p99_us": round(quantum_p99_ns / 1e3, 1),
-                "lane_bytes": trainer.step_bytes(),
+                "lane_bytes": trainer.state_bytes(),
                 # The process's own peak so far: fusion counts rise, so this is the peak of this count.
                 "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             }

@@ -1,0 +1,180 @@
+"""The general path: the user's ordinary single-model forward and loss under torch.func.vmap.
+
+Parameters and buffers are stacked; what is differentiated is the *sum* of the lanes' losses, so every lane's gradient
+is exactly its own. Differentiation happens outside vmap: on a small network this takes two thirds of the time of
+vmap(grad(...)), and gives the same numbers.
+
+Shape suffixes: F = lanes, B = samples per lane, N = samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_leaves, tree_map
+
+from hydro_trials.fusion import sites
+from hydro_trials.fusion.batch import LaneBatch, Tree, call_model, concatenate
+from hydro_trials.fusion.intercept import lane_functions
+from hydro_trials.fusion.program import GENERAL, Boundaries, Check, Loss, check_scalar, lower_precision
+from hydro_trials.fusion.randomness import LaneGenerators
+from hydro_trials.fusion.refusal import refusal
+
+
+class GeneralProgram:
+    """A model's forward, loss and gradients over lanes.
+
+    Args:
+        module: One lane's model; only its structure is used, its parameters are handed in.
+        loss: The study's loss.
+        check: Called at every module boundary, forward and backward.
+        dtype: What to compute in, if not in the parameters' own type.
+        depth: How deep into the module tree boundaries lie; None for all.
+    """
+
+    kind = GENERAL
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: Loss,
+        check: Check,
+        *,
+        dtype: torch.dtype | None = None,
+        depth: int | None = None,
+        use_unwrap: bool = True,
+    ) -> None:
+        self.module, self.loss, self.dtype = module, loss, dtype
+        self.boundaries = Boundaries(module, check, depth=depth, use_unwrap=use_unwrap)
+        self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self._generators: LaneGenerators | None = LaneGenerators(self._device)
+        self._is_intercepted = False
+
+    def set_check(self, check: Check) -> None:
+        """Have another gate asked at the boundaries."""
+        self.boundaries.check = check
+
+    def gradients(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: LaneBatch
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `Program`.
+
+        Raises:
+            NotFusableError: vmap cannot transform the model or its loss.
+            FusionError: The loss is no scalar.
+        """
+        self.module.train()
+        with self._explained(lambda: self._losses(dict(parameters), _copied(buffers), batch)):
+            losses_F = self._losses(dict(parameters), dict(buffers), batch)
+            self.boundaries.check(sites.BACKWARD)
+            gradients = torch.autograd.grad(losses_F.sum(), list(parameters.values()), materialize_grads=True)
+        if not self._is_intercepted:
+            self._generators = None  # the model calls nothing of the kind: no need to look at its every call
+        return losses_F.detach(), gradients
+
+    @torch.no_grad()
+    def outputs(
+        self,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        x_N: Tree,
+        chunk: int,
+        seeds: tuple[int, ...],
+    ) -> Tree:
+        """See `Program`."""
+        self.module.eval()
+        parts = []
+        lanes_F = self._seeded(seeds)
+        chunks = [torch.split(leaf, chunk) for leaf in tree_leaves(x_N)]
+        for number in range(len(chunks[0])):
+            x_B = _pick(x_N, chunks, number)
+            self.boundaries.check(sites.EVALUATE)
+
+            def run(x_B: Tree = x_B) -> Tree:
+                return vmap(self._lane_output, in_dims=(0, 0, None, 0))(dict(parameters), dict(buffers), x_B, lanes_F)
+
+            with self._explained(run):
+                parts.append(run())
+        return concatenate(parts, dim=1)
+
+    def _losses(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: LaneBatch) -> Tensor:
+        lanes_F = self._seeded(batch.seeds)
+        samples = None if batch.shared else 0
+        with lower_precision(self.dtype, self._device.type):
+            if batch.weights_FB is None:
+                lane_loss = vmap(self._lane_loss, in_dims=(0, 0, samples, samples, 0))
+                return lane_loss(parameters, buffers, batch.x, batch.y, lanes_F)
+            return vmap(self._weighted_loss, in_dims=(0, 0, samples, samples, 0, 0))(
+                parameters, buffers, batch.x, batch.y, lanes_F, batch.weights_FB
+            )
+
+    def _lane_output(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x_B: Tree, lane: Tensor) -> Any:
+        with lane_functions(lane, self._generators):
+            return self._forward(parameters, buffers, x_B)
+
+    def _forward(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x_B: Tree) -> Any:
+        state = {**parameters, **buffers}
+        return call_model(lambda *args, **kwargs: functional_call(self.module, state, args, kwargs), x_B)
+
+    def _lane_loss(
+        self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x_B: Tree, y_B: Tree, lane: Tensor
+    ) -> Tensor:
+        with lane_functions(lane, self._generators) as mode:
+            loss = check_scalar(self.loss(self._forward(parameters, buffers, x_B), y_B))
+        self._is_intercepted |= mode is not None and mode.num_handled > 0
+        return loss
+
+    def _weighted_loss(
+        self,
+        parameters: dict[str, Tensor],
+        buffers: dict[str, Tensor],
+        x_B: Tree,
+        y_B: Tree,
+        lane: Tensor,
+        weights_B: Tensor,
+    ) -> Tensor:
+        """The loss sample by sample, so that padding can be left out. Exact where the loss is a mean over samples."""
+        with lane_functions(lane, self._generators) as mode:
+            output_B = self._forward(parameters, buffers, x_B)
+
+            def of_sample(output: Any, y: Any) -> Tensor:
+                alone = tree_map(lambda t: t.unsqueeze(0), (output, y))
+                return check_scalar(self.loss(*alone))
+
+            losses_B: Tensor = vmap(of_sample)(output_B, y_B)
+        self._is_intercepted |= mode is not None and mode.num_handled > 0
+        return (losses_B.where(weights_B > 0, 0) * weights_B).sum()
+
+    def _seeded(self, seeds: tuple[int, ...]) -> Tensor:
+        if self._generators is not None:
+            self._generators.seed(seeds)
+        return torch.arange(len(seeds), device=self._device)
+
+    @contextmanager
+    def _explained(self, again: Callable[[], object]) -> Iterator[None]:
+        """Turn vmap's refusals into errors that say what cannot be fused, and where."""
+        try:
+            yield
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            check, self.boundaries.check = self.boundaries.check, lambda site: None
+            try:
+                found = refusal(self.module, error, again)
+            finally:
+                self.boundaries.check = check
+            if found is None:
+                raise
+            raise found from error
+
+
+def _copied(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in buffers.items()}
+
+
+def _pick(x_N: Tree, chunks: list[tuple[Tensor, ...]], number: int) -> Tree:
+    rest = iter(chunks)
+    return tree_map(lambda leaf: next(rest)[number], x_N)
