@@ -62,6 +62,10 @@ class FusionError(HydroError):
     """A model or optimizer cannot be fused."""
 
 
+class PlannerError(HydroError):
+    """No way of running a study's lanes keeps to the limits."""
+
+
 class TestbedError(HydroError):
     """The private cluster cannot be started, reached or stopped."""
 

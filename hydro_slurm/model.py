@@ -155,9 +155,11 @@ class InboxMessage:
     VERSION: ClassVar[int] = 1
 
     kind: str
-    """refill (lanes), stop (trials), or finish (checkpoint everything and leave)."""
+    """refill (lanes), stop (trials), resize (max_lanes), or finish (checkpoint everything and leave)."""
     lanes: tuple[LaneSpec, ...] = ()
     trials: tuple[int, ...] = ()
+    max_lanes: int = 0
+    """The new max fusion count of a resize; lanes beyond it wait, from a checkpoint."""
     reason: str = ""
 
 
@@ -213,3 +215,57 @@ class BundleProgress:
     """Newest complete checkpoint of each unfinished trial (trial number as a string: absolute path)."""
     steps: dict[str, int] = field(default_factory=dict)
     """Steps done by each unfinished trial."""
+    max_lanes: int = 0
+    """What the max fusion count has become (memory, a model that cannot be fused); 0 before anything is known."""
+    warning: str = ""
+    """Why the bundle runs otherwise than it was asked to."""
+
+
+@dataclass(frozen=True)
+class ProfilePoint:
+    """What was measured at one fusion count, run one way."""
+
+    lanes: int
+    kind: str
+    """general, fast, compiled or separate: how lanes are run."""
+    depth: Optional[int]
+    """How deep into the module tree the gate is asked; null for everywhere."""
+    step_ms: float
+    """Median duration of one optimizer step of all lanes."""
+    lane_steps_per_s: float
+    quantum_p99_us: float
+    """99th percentile of the time between two boundaries."""
+    peak_bytes: int
+    """The process's own peak; on a GPU, of its memory on the device."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """`profiles/KEY.json`: memory and throughput of a study's lanes, by fusion count. Written by the planner."""
+
+    FORMAT: ClassVar[str] = "hydro.profile"
+    VERSION: ClassVar[int] = 2
+
+    key: str
+    """Of the model's shapes, optimizer, width scale, batch, type and device."""
+    study: str
+    width_scale: float
+    batch_size: int
+    dtype: str
+    device: str
+    """The processor's or the GPU's own name."""
+    num_threads: int
+    points: tuple[ProfilePoint, ...]
+    """The fastest way at each fusion count, rising."""
+    others: tuple[ProfilePoint, ...]
+    """The slower ways."""
+    refused: dict[str, str]
+    """Ways that the model cannot be run, with the reason."""
+    knee_lanes: int
+    """The smallest fusion count with at least 95 % of the best throughput, within the limits."""
+    base_bytes: int
+    """Memory before any lane."""
+    lane_bytes: int
+    """Memory that one more lane adds."""
+    stopped: str = ""
+    """Why no larger fusion count was tried."""

@@ -90,10 +90,12 @@ class StudyRecord:
     """The interpreter that bundles run under."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables that the controller and its bundles are given."""
+    knee_lanes: int = 0
+    """The fusion count beyond which more lanes bring no throughput, as measured at submission; 0 if unknown."""
     lane_bytes: int = 0
-    """Estimated memory of one surrogate lane, in bytes; 0 if unknown."""
+    """Memory that one more surrogate lane adds, in bytes; 0 if unknown."""
     target_lane_bytes: int = 0
-    """The same of one lane on the target."""
+    """The same of one lane on the target, estimated."""
 
     def check_file_unchanged(self) -> None:
         """Refuse to go on with a study file other than the one that was submitted.
@@ -167,7 +169,8 @@ def create_study(record: StudyRecord, directory: Path) -> None:
         raise StudyError(
             f"cannot create {error.filename}: {error.strerror}; set HYDRO_HOME to a shared folder"
         ) from None
-    (directory / "bundles").mkdir()
+    for part in ("bundles", "profiles"):
+        (directory / part).mkdir()
     formats.write_record(directory / RECORD_NAME, record)
 
 

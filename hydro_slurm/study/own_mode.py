@@ -52,6 +52,7 @@ class _Bundle:
     trials: set[int]
     """Trials handed to it that have not ended."""
     finishing: bool = False
+    warning: str = ""
 
 
 class OwnModeBackend:
@@ -154,6 +155,7 @@ class OwnModeBackend:
             bundle.files.send(InboxMessage("finish", reason=finish.reason))
 
     def _take_in(self, bundle: _Bundle) -> None:
+        self._heed(bundle)
         results = bundle.files.new_results()
         if not results:
             return
@@ -163,6 +165,17 @@ class OwnModeBackend:
         if stopped:
             bundle.files.send(InboxMessage("stop", trials=tuple(stopped), reason="pruned"))
         self._failures.pop(bundle.slot_id, None)
+
+    def _heed(self, bundle: _Bundle) -> None:
+        """What a bundle says about itself: how many lanes it can really have, and why."""
+        progress = bundle.files.progress()
+        if progress is None:
+            return
+        if progress.max_lanes:
+            bundle.max_lanes = progress.max_lanes
+        if progress.warning and progress.warning != bundle.warning:
+            bundle.warning = progress.warning
+            logger.warning("bundle=%s says: %s", bundle.id, progress.warning)
 
     def _reap(self, bundle: _Bundle, status: int, view: HostView) -> None:
         self._take_in(bundle)
@@ -202,7 +215,9 @@ class OwnModeBackend:
 
     def _max_lanes(self, purpose: str) -> int:
         description = self.record.description
-        return description.max_lanes if purpose == "search" else max(description.top_k, 1)
+        if purpose != "search":
+            return max(description.top_k, 1)
+        return min(description.max_lanes, self.record.knee_lanes or description.max_lanes)
 
     def _slots(self, view: HostView) -> tuple[Slot, ...]:
         taken = {bundle.slot_id for bundle in self.bundles}

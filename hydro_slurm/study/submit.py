@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from hydro_slurm import formats
 from hydro_slurm.clock import Clock, SystemClock
+from hydro_slurm.model import Profile
 from hydro_slurm.slurm import BatchRequest, SlurmClient
 from hydro_slurm.study.data_plane import describe, run_verb
 from hydro_slurm.study.description import (
@@ -19,6 +21,8 @@ from hydro_slurm.study.description import (
     recorded_environment,
     studies_dir,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_study(
@@ -46,7 +50,11 @@ def prepare_study(
     """
     file = file.absolute()
     description = describe(file)
-    lane_bytes, target_lane_bytes = _memory_of_lanes(run_verb("check", file))
+    found = run_verb("check", file)
+    profile = formats.from_document(Profile, found["profile"], f"`check` of {file}")
+    for kind, reason in profile.refused.items():
+        if kind == "general":
+            logger.warning("%s: %s", file, reason)
     if trials is not None:
         description = dataclasses.replace(description, trials=trials)
     record = StudyRecord(
@@ -58,19 +66,19 @@ def prepare_study(
         created_at_s=(clock or SystemClock()).wall_s(),
         python=sys.executable,
         environment=recorded_environment(),
-        lane_bytes=lane_bytes,
-        target_lane_bytes=target_lane_bytes,
+        knee_lanes=1 if "general" in profile.refused else profile.knee_lanes,
+        lane_bytes=profile.lane_bytes,
+        target_lane_bytes=_target_lane_bytes(profile, found["num_parameters"]),
     )
     directory = studies_dir() / record.name
     create_study(record, directory)
+    formats.write_record(directory / "profiles" / f"{profile.key}.json", profile)
     return directory
 
 
-def _memory_of_lanes(found: dict[str, Any]) -> tuple[int, int]:
-    """Bytes of one surrogate lane and of one target lane, from what `check` measured of several of the former."""
-    lane_bytes = found["memory_bytes"] // max(found["lanes"], 1)
-    parameters = found["num_parameters"]
-    return lane_bytes, lane_bytes * parameters["target"] // max(parameters["surrogate"], 1)
+def _target_lane_bytes(profile: Profile, num_parameters: dict[str, int]) -> int:
+    """Memory of one lane on the target, estimated by the ratio of parameters."""
+    return profile.lane_bytes * num_parameters["target"] // max(num_parameters["surrogate"], 1)
 
 
 def submit_study(directory: Path, slurm: SlurmClient, sbatch_options: Sequence[str] = ()) -> int:

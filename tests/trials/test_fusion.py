@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 import hydro_trials as hydro
 from hydro_slurm.errors import FusionError
 from hydro_trials.fusion import FusedTrainer, LaneState
+from hydro_trials.fusion.batch import LaneBatch
+from hydro_trials.fusion.general import GeneralProgram
 from hydro_trials.fusion.layout import FlatLayout
 from hydro_trials.fusion.optimizers import SEGMENT_VALUES, FusedOptimizer, LaneSettings
-from hydro_trials.fusion.program import FusedProgram, boundary_modules
+from hydro_trials.fusion.program import boundary_modules
 from hydro_trials.fusion.streams import SampleStream, derive_seed
 from hydro_trials.hyperparameters import lr_multiplier, resolve_hyperparameters
 from hydro_trials.surrogate import ParamRule, Surrogate, make_surrogate
@@ -100,7 +103,8 @@ def train_alone(
     else:
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[study.optimizer]
         optimizer = kind(groups, lr=values["lr"], betas=(values["beta1"], values["beta2"]))
-    stream = SampleStream(seed, len(data.train[0]), study.batch_size)
+    order = study.seed if study.data_order == "shared" else seed
+    stream = SampleStream(order, len(data.train[0]), study.batch_size)
     for step in range(num_steps):
         multiplier = lr_multiplier(study.schedule, step, study.steps, values)
         for group in optimizer.param_groups:
@@ -367,7 +371,7 @@ def test_checks_fire_at_every_module_forward_and_backward(
     def check(site: int) -> None:
         num_calls[0] += 1
 
-    program = FusedProgram(module, nn.functional.cross_entropy, check, use_unwrap=use_unwrap)
+    program = GeneralProgram(module, nn.functional.cross_entropy, check, use_unwrap=use_unwrap)
     parameters = {
         name: torch.stack([p.detach(), p.detach() * 2]).requires_grad_() for name, p in module.named_parameters()
     }
@@ -375,7 +379,7 @@ def test_checks_fire_at_every_module_forward_and_backward(
     in_forward: list[int] = []
     loss = program.loss
     program.loss = lambda output, target: (in_forward.append(num_calls[0]), loss(output, target))[1]
-    losses_F, gradients = program.gradients(parameters, {}, x_FB, y_FB)
+    losses_F, gradients = program.gradients(parameters, {}, LaneBatch(x_FB, y_FB, False, (1, 2)))
     num_modules = len(boundary_modules(module))
     assert num_modules == 4
     assert in_forward == [num_modules]
@@ -386,15 +390,6 @@ def test_checks_fire_at_every_module_forward_and_backward(
         torch.testing.assert_close(losses_F[lane], value.detach())
         for gradient, expected in zip(gradients, torch.autograd.grad(value, list(single.values())), strict=True):
             torch.testing.assert_close(gradient[lane], expected)
-
-
-class DropsOut(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inside = nn.Linear(12, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(self.inside(x), 0.5, training=self.training)
 
 
 class Decides(nn.Module):
@@ -413,24 +408,62 @@ class MixedTypes(nn.Module):
         self.inside, self.wide = nn.Linear(12, 5), nn.Linear(12, 5).double()
 
 
+class Selects(nn.Module):
+    """Its output's shape depends on values, deep in the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(12, 12), Threshold())
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.body(x))
+        return y
+
+
+class Threshold(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_fill(0, torch.nonzero(x[:, 0] > 1e9)[:, 0], 0.0)
+
+
 @pytest.mark.parametrize(
-    ("module", "complaint"),
+    ("module", "operation", "where"),
     [
-        (nn.Sequential(nn.Linear(12, 5), nn.Dropout(0.1)), r"module 1 \(Dropout\)"),
-        (DropsOut(), "draws random numbers"),
-        (Decides(), "decides by the values"),
-        (MixedTypes(), "wide.weight is torch.float64"),
-        (nn.ReLU(), "nothing to train"),
+        (Decides(), "torch.Tensor.__bool__", "the model's forward"),
+        (Selects(), "torch.nonzero", r"module body\.1 \(Threshold\)"),
     ],
 )
-def test_what_cannot_be_fused_is_refused(
+def test_what_cannot_be_fused_is_named_and_trained_lane_by_lane(
+    make_study: MakeStudy,
+    data: hydro.Data,
+    module: nn.Module,
+    operation: str,
+    where: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    study = make_study(build=lambda width: copy.deepcopy(module), fixed={"weight_decay": 0.1})
+    trainer, separate = make_trainer(study, data), make_trainer(study, data)
+    separate.use("separate")
+    for each in (trainer, separate):
+        for trial in range(3):
+            admit(each, trial, SPREAD[trial])
+        run(each, 5)
+    assert trainer.refusal is not None
+    assert trainer.refusal.operation == operation
+    assert re.search(where, str(trainer.refusal))
+    assert [record.message for record in caplog.records] == [str(trainer.refusal)]
+    for trial in range(3):
+        assert_equal(trainer.state(trial), separate.state(trial))
+
+
+@pytest.mark.parametrize(
+    ("module", "complaint"), [(MixedTypes(), "wide.weight is torch.float64"), (nn.ReLU(), "nothing to train")]
+)
+def test_what_cannot_be_trained_is_refused(
     make_study: MakeStudy, data: hydro.Data, module: nn.Module, complaint: str
 ) -> None:
-    study = make_study(build=lambda width: module)
     with pytest.raises(FusionError, match=complaint):
-        trainer = make_trainer(study, data)
-        admit(trainer, 0, {"lr": 1e-3})
-        trainer.step()
+        make_trainer(make_study(build=lambda width: module), data)
 
 
 def test_a_loss_per_sample_is_refused(make_study: MakeStudy, data: hydro.Data) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +20,22 @@ import torch
 from hydro_slurm import formats
 from hydro_slurm.errors import FormatError, HydroError
 from hydro_slurm.gate.writer import GateWriter
-from hydro_slurm.model import BundleProgress, BundleSlot, BundleSpec, Device, InboxMessage, LaneSpec, TrialResult
+from hydro_slurm.model import (
+    BundleProgress,
+    BundleSlot,
+    BundleSpec,
+    Device,
+    InboxMessage,
+    LaneSpec,
+    Profile,
+    TrialResult,
+)
 from hydro_slurm.timeline import read_timeline
+from hydro_trials.planner import Limits
 from hydro_trials.runtime import startup, worker
 from hydro_trials.runtime.bundle_dir import BundleDir
 from hydro_trials.runtime.checkpoints import list_checkpoints, read_checkpoint
+from hydro_trials.runtime.profile import profile_study
 from hydro_trials.runtime.train import train
 
 DEADLINE_S = 90.0
@@ -58,11 +70,26 @@ def lane(trial: int, lr: float = 0.01, **fields: Any) -> LaneSpec:
     return LaneSpec(trial, {"lr": lr}, seed=1000 + trial, **fields)
 
 
+@pytest.fixture(scope="session")
+def profile_of_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with a profile of STUDY, so that no bundle has to make its own; it says that lanes are fused."""
+    folder = tmp_path_factory.mktemp("profile")
+    (folder / "profiled.py").write_text(STUDY)
+    profile_study(folder / "profiled.py", folder, [1], Limits(budget_s=0), target=False, as_json=True)
+    (path,) = folder.glob("*.json")
+    profile = formats.read_record(Profile, path)
+    formats.write_record(path, replace(profile, points=(replace(profile.points[0], kind="general"),)))
+    return folder
+
+
 @pytest.fixture
-def make_bundle(tmp_path: Path) -> Callable[..., Path]:
+def make_bundle(tmp_path: Path, profile_of_study: Path) -> Callable[..., Path]:
     """Writes a bundle's directory; keyword arguments replace fields of its spec."""
     study_file = tmp_path / "small_study.py"
     study_file.write_text(STUDY)
+    (tmp_path / "profiles").mkdir()
+    for profile in profile_of_study.glob("*.json"):
+        shutil.copy(profile, tmp_path / "profiles")
 
     def make(name: str = "b1", *, study: str | None = None, **fields: Any) -> Path:
         directory = tmp_path / name
@@ -361,8 +388,88 @@ def test_out_of_memory_halves_the_lanes_and_goes_on(make_bundle: Callable[..., P
     lanes = tuple(lane(trial) for trial in range(4))
     short, plenty = make_bundle("short", study=study, lanes=lanes), make_bundle("plenty", lanes=lanes)
     assert train(short) == train(plenty) == 0
-    assert [e["max_lanes"] for e in events_of(short) if e["event"] == "out_of_memory"] == [2]
+    assert [e["max_lanes"] for e in events_of(short) if e["event"] == "resized"] == [2]
+    progress = formats.read_record(BundleProgress, short / "progress.json")
+    assert progress.max_lanes == 2
+    assert "out of memory with 4 lanes" in progress.warning
     assert values_of(short) == values_of(plenty)
+
+
+SECOND_METRIC_RAISES = """
+num_calls = [0]
+def accuracy(output, target):
+    num_calls[0] += 1
+    if num_calls[0] == 2:
+        raise ValueError("this output means nothing")
+    return (output.argmax(dim=1) == target).float().mean()
+
+study"""
+
+
+def test_a_metric_that_raises_for_one_lane_ends_that_lane_alone(make_bundle: Callable[..., Path]) -> None:
+    lanes = tuple(lane(trial) for trial in range(3))
+    sick = make_bundle("sick", study=STUDY.replace("\nstudy", SECOND_METRIC_RAISES), lanes=lanes)
+    well = make_bundle("well", lanes=lanes)
+    assert train(sick) == train(well) == 0
+    ended = {result.trial: result for result in results_of(sick).values() if result.state != "RUNNING"}
+    assert {trial: result.state for trial, result in ended.items()} == {0: "COMPLETE", 1: "FAIL", 2: "COMPLETE"}
+    assert "study_here.py" in ended[1].reason
+    assert "this output means nothing" in ended[1].reason
+    assert {at: value for at, value in values_of(sick).items() if at[0] != 1} == {
+        at: value for at, value in values_of(well).items() if at[0] != 1
+    }
+
+
+CULPRIT = """
+def loss(output, target):
+    if not torch._C._functorch.is_batchedtensor(output) and float(output.detach().abs().max()) > 1e3:
+        raise ValueError("one lane's trouble")
+    if torch._C._functorch.is_batchedtensor(output):
+        num_calls[0] += 1
+        if num_calls[0] == 4:
+            raise ValueError("something went wrong in the bundle")
+    return nn.functional.cross_entropy(output, target)
+
+num_calls = [0]
+study"""
+
+
+def test_a_step_that_raises_ends_the_lane_whose_doing_it_is(make_bundle: Callable[..., Path]) -> None:
+    study = STUDY.replace("\nstudy", CULPRIT).replace("loss=nn.functional.cross_entropy", "loss=loss")
+    bad = replace(lane(1), params={"lr": 1e7})
+    sick = make_bundle("sick", study=study, lanes=(lane(0), bad, lane(2)))
+    assert train(sick) == 0
+    ended = {result.trial: result for result in results_of(sick).values() if result.state != "RUNNING"}
+    assert {trial: result.state for trial, result in ended.items()} == {0: "COMPLETE", 1: "FAIL", 2: "COMPLETE"}
+    assert "one lane's trouble" in ended[1].reason
+
+
+def test_a_model_that_cannot_be_fused_runs_lane_by_lane_with_a_warning(make_bundle: Callable[..., Path]) -> None:
+    study = STUDY.replace("\nstudy", CANNOT_FUSE).replace("loss=nn.functional.cross_entropy", "loss=loss")
+    directory = make_bundle(study=study, lanes=(lane(0), lane(1), lane(2)))
+    assert train(directory) == 0
+    assert len([result for result in results_of(directory).values() if result.state == "COMPLETE"]) == 3
+    progress = formats.read_record(BundleProgress, directory / "progress.json")
+    assert progress.max_lanes == 1
+    assert "torch.Tensor.__bool__ in the loss cannot be fused" in progress.warning
+
+
+CANNOT_FUSE = """
+def loss(output, target):
+    value = nn.functional.cross_entropy(output, target)
+    return value if value > 0 else value * 2
+
+study"""
+
+
+def test_a_bundle_is_resized_by_message(make_bundle: Callable[..., Path]) -> None:
+    lanes = tuple(lane(trial) for trial in range(4))
+    small, plenty = make_bundle("small", lanes=lanes), make_bundle("plenty", lanes=lanes)
+    (small / "inbox").mkdir()
+    formats.write_record(small / "inbox" / "1.json", InboxMessage("resize", max_lanes=1))
+    assert train(small) == train(plenty) == 0
+    assert values_of(small) == values_of(plenty)
+    assert formats.read_record(BundleProgress, small / "progress.json").max_lanes == 1
 
 
 def test_results_wait_while_the_disk_refuses_them(

@@ -46,7 +46,23 @@ def _answer(arguments: argparse.Namespace) -> str:
 
     if arguments.verb == "check":
         return check_study(arguments.file, as_json=arguments.json)
-    return profile_study(arguments.file, arguments.output, arguments.lanes, as_json=arguments.json)
+    from hydro_trials.planner import Limits
+
+    limits = Limits(
+        max_lanes=arguments.max_lanes,
+        cap_bytes=None if arguments.cap_mib is None else arguments.cap_mib << 20,
+        quantum_ms=arguments.quantum_ms,
+        budget_s=arguments.budget_s,
+        num_steps=arguments.compile_steps,
+    )
+    return profile_study(
+        arguments.file,
+        arguments.output,
+        arguments.lanes,
+        limits,
+        target=arguments.target,
+        as_json=arguments.json,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,12 +79,25 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print one JSON object")
         if verb == "profile":
             command.add_argument("--output", type=Path, help="file to write the profile to")
-            command.add_argument(
-                "--lanes", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="fusion counts to measure"
-            )
+            _add_profile_options(command)
     command = verbs.add_parser("train", help="train a bundle", description="Train the bundle in a directory.")
     command.add_argument("bundle_dir", type=Path, help="directory that holds spec.json")
     return parser
+
+
+def _add_profile_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--target", action="store_true", help="measure the target instead of the surrogate")
+    command.add_argument("--lanes", type=int, nargs="+", help="fusion counts to measure, instead of 1, 2, 4, …")
+    command.add_argument("--max-lanes", type=int, default=64, help="largest fusion count (%(default)s)")
+    command.add_argument("--cap-mib", type=int, help="memory that the process may take")
+    command.add_argument("--quantum-ms", type=float, help="longest time between two boundaries that fits the bubbles")
+    command.add_argument("--budget-s", type=float, default=120.0, help="time for measuring (%(default)s)")
+    command.add_argument(
+        "--compile-steps",
+        type=int,
+        default=0,
+        help="try torch.compile too, and keep it if it pays within this many steps",
+    )
 
 
 if __name__ == "__main__":

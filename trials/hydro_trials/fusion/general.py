@@ -96,7 +96,7 @@ class GeneralProgram:
             self.boundaries.check(sites.EVALUATE)
 
             def run(x_B: Tree = x_B) -> Tree:
-                return vmap(self._lane_output, in_dims=(0, 0, None, 0))(dict(parameters), dict(buffers), x_B, lanes_F)
+                return vmap(self._lane_output)(dict(parameters), dict(buffers), _for_all(x_B, len(seeds)), lanes_F)
 
             with self._explained(run):
                 parts.append(run())
@@ -104,14 +104,13 @@ class GeneralProgram:
 
     def _losses(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: LaneBatch) -> Tensor:
         lanes_F = self._seeded(batch.seeds)
-        samples = None if batch.shared else 0
+        x_FB, y_FB = batch.x, batch.y
+        if batch.shared:  # as if each lane had its own: what a lane computes must not depend on its company
+            x_FB, y_FB = _for_all(x_FB, batch.num_lanes), _for_all(y_FB, batch.num_lanes)
         with lower_precision(self.dtype, self._device.type):
             if batch.weights_FB is None:
-                lane_loss = vmap(self._lane_loss, in_dims=(0, 0, samples, samples, 0))
-                return lane_loss(parameters, buffers, batch.x, batch.y, lanes_F)
-            return vmap(self._weighted_loss, in_dims=(0, 0, samples, samples, 0, 0))(
-                parameters, buffers, batch.x, batch.y, lanes_F, batch.weights_FB
-            )
+                return vmap(self._lane_loss)(parameters, buffers, x_FB, y_FB, lanes_F)
+            return vmap(self._weighted_loss)(parameters, buffers, x_FB, y_FB, lanes_F, batch.weights_FB)
 
     def _lane_output(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x_B: Tree, lane: Tensor) -> Any:
         with lane_functions(lane, self._generators):
@@ -173,6 +172,11 @@ class GeneralProgram:
 
 def _copied(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in buffers.items()}
+
+
+def _for_all(tree: Tree, num_lanes: int) -> Tree:
+    """Every tensor with a dimension of lanes in front, without a copy."""
+    return tree_map(lambda leaf: leaf.unsqueeze(0).expand(num_lanes, *leaf.shape), tree)
 
 
 def _pick(x_N: Tree, chunks: list[tuple[Tensor, ...]], number: int) -> Tree:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from hydro_slurm.errors import FusionError
 from hydro_trials.fusion import sites
+from hydro_trials.fusion.agreement import check_agreement
 from hydro_trials.fusion.batch import num_samples
 from hydro_trials.fusion.general import GeneralProgram
 from hydro_trials.fusion.lanes import Lane, LaneStack, LaneState
@@ -61,6 +62,7 @@ class FusedTrainer:
         kind: str = GENERAL,
         device: torch.device | str = "cpu",
     ) -> None:
+        self.program: Program
         self.study, self.surrogate, self.num_steps, self.check = study, surrogate, num_steps, check
         self.device = torch.device(device)
         self.data = data if self.device.type == "cpu" else _moved(data, self.device)
@@ -69,7 +71,8 @@ class FusedTrainer:
         self.optimizer = FusedOptimizer(study.optimizer, study.schedule, num_steps, self.layout, surrogate.rules)
         self.refusal: NotFusableError | None = None
         """Why lanes run one by one, where the model left no choice."""
-        self.program: Program = self._make_program(kind)
+        self._programs: dict[tuple[str, int | None], Program] = {}
+        self.use(kind)
         self.lanes: list[Lane] = []
         self._checked_readouts = False
         self._late: BaseException | None = None
@@ -92,7 +95,32 @@ class FusedTrainer:
         Raises:
             FusionError: The model cannot be run that way.
         """
-        self.program = self._make_program(kind, depth)
+        key = (kind, depth)
+        if key not in self._programs:
+            self._programs[key] = self._make_program(kind, depth)
+        self.program = self._programs[key]
+        self.program.set_check(self.check)
+
+    def is_used(self, kind: str, depth: int | None) -> bool:
+        """Whether lanes are run this way now."""
+        return self._programs.get((kind, depth)) is self.program
+
+    def compare(self, kind: str) -> None:
+        """Make sure that another way of running gives the general path's numbers on the lanes' next batch.
+
+        Raises:
+            FusionError: It cannot run this model, or gives others.
+        """
+        places = [lane.place for lane in self.lanes]
+        batch = make_batch(self.data, places, 0, self.study.accumulate)
+        found = []
+        for each in (GENERAL, kind):
+            self.use(each)
+            buffers = {name: tensor.clone() for name, tensor in self._stack.buffers.items()}
+            losses_F, gradients = self.program.gradients(self._parameters, buffers, batch)
+            named = dict(zip((f"the gradient of {name}" for name in self._parameters), gradients, strict=True))
+            found.append({"the loss": losses_F, **named, **buffers})
+        check_agreement(found[0], found[1], kind, bf16=self.study.precision != "full")
 
     def new_module(self) -> nn.Module:
         """A module of the lanes' structure, for a program; its parameters mean nothing."""

@@ -11,16 +11,22 @@ import torch
 
 from hydro_slurm.clock import SystemClock
 from hydro_slurm.errors import HydroError, StudyError
+from hydro_slurm.formats import from_document, to_document
+from hydro_slurm.model import Profile
 from hydro_trials.fusion import FusedTrainer
+from hydro_trials.planner import Limits, Profiler
 from hydro_trials.runtime.gating import OwnSlotGate
+from hydro_trials.runtime.profile import to_text
 from hydro_trials.runtime.sample_lanes import fill_trainer
 from hydro_trials.runtime.startup import keep_freed_memory
 from hydro_trials.study import Study
 from hydro_trials.study_file import describe_error, load_data, load_study
 from hydro_trials.surrogate import Surrogate, make_surrogate
 
-FORMAT, VERSION = "hydro.study-check", 1
+FORMAT, VERSION = "hydro.study-check", 2
 NUM_STEPS = 8
+PROFILE_BUDGET_S = 5.0
+"""A first look at what fusing brings; `hydro_trials profile` takes its time."""
 
 
 def check_study(file: Path, *, as_json: bool) -> str:
@@ -37,6 +43,8 @@ def check_study(file: Path, *, as_json: bool) -> str:
     gate = OwnSlotGate(SystemClock())
     trainer = FusedTrainer(study, surrogate, data, study.steps, gate.check)
     step_ms = _try_steps(file, study, trainer)
+    limits = Limits(max_lanes=study.max_lanes, budget_s=PROFILE_BUDGET_S)
+    profile = Profiler(lambda: FusedTrainer(study, surrogate, data, study.steps, lambda site: None), limits).run()
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -57,7 +65,7 @@ def check_study(file: Path, *, as_json: bool) -> str:
         "lanes": len(trainer.lanes),
         "step_ms": round(step_ms, 3),
         "quantum_p99_us": round(gate.quantum_p99_ns / 1e3, 1),
-        "memory_bytes": trainer.state_bytes(),
+        "profile": to_document(profile),
     }
     return json.dumps(document) if as_json else _to_text(document)
 
@@ -94,6 +102,8 @@ def _to_text(document: dict[str, object]) -> str:
                 f"lr x {entry['lr_factor']:g}, decay x {entry['weight_decay_factor']:g}"
                 for key, entry in value.items()
             ]
+        elif name == "profile":
+            lines += to_text(from_document(Profile, value, "the profile")).splitlines()
         elif name not in ("format", "version"):
             lines.append(f"{name}: {value}")
     return "\n".join(lines)

@@ -48,6 +48,8 @@ class ProgressReporter:
         lane_steps: int,
         checkpoints: dict[str, str],
         steps: dict[str, int],
+        max_lanes: int,
+        warning: str,
     ) -> None:
         """Replace progress.json; append to the timeline."""
         progress = BundleProgress(
@@ -65,6 +67,8 @@ class ProgressReporter:
             written_at_s=self._clock.wall_s(),
             checkpoints=checkpoints,
             steps=steps,
+            max_lanes=max_lanes,
+            warning=warning,
         )
         self._files.write_progress(progress)
         runs = self._gate.take_runs()  # taken even if nobody wants them: they would pile up

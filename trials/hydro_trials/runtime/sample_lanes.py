@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
@@ -10,10 +9,6 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from hydro_trials.fusion import FusedTrainer
 from hydro_trials.hyperparameters import resolve_hyperparameters
-
-logger = logging.getLogger(__name__)
-
-NUM_WARM_UP_STEPS = 3
 
 
 def fill_trainer(trainer: FusedTrainer, num_lanes: int) -> None:
@@ -24,26 +19,6 @@ def fill_trainer(trainer: FusedTrainer, num_lanes: int) -> None:
     trainer.drop(trainer.trials)
     for trial in range(num_lanes):
         trainer.admit(trial, trial, values)
-
-
-def warm_up(trainer: FusedTrainer, num_lanes: int) -> None:
-    """Train for a moment and leave no lane: first uses are slow, and here no gate is waiting for them.
-
-    Whatever goes wrong is left for the training itself to find, which can say whom it concerns.
-    """
-    check = trainer.check
-    trainer.set_check(lambda site: None)
-    try:
-        fill_trainer(trainer, num_lanes)
-        for _ in range(NUM_WARM_UP_STEPS):
-            trainer.step()
-        trainer.evaluate(trainer.trials)
-        trainer.state(0)
-    except Exception as error:
-        logger.info("warm-up broke off: %s", error)
-    finally:
-        trainer.drop(trainer.trials)
-        trainer.set_check(check)
 
 
 def _middle(distribution: BaseDistribution) -> Any:

@@ -68,7 +68,8 @@ def _preparation(
         import torch
 
         from hydro_trials.fusion import FusedTrainer
-        from hydro_trials.runtime.sample_lanes import warm_up
+        from hydro_trials.runtime.plan import LanePlan
+        from hydro_trials.runtime.warm_up import warm_up
         from hydro_trials.runtime.worker import BundleWorker
         from hydro_trials.study_file import load_data, load_study
         from hydro_trials.surrogate import make_surrogate
@@ -78,9 +79,13 @@ def _preparation(
         surrogate = make_surrogate(
             study.build, spec.width_scale, study.optimizer, parameter_kinds=study.parameter_kinds
         )
-        trainer = FusedTrainer(study, surrogate, load_data(study), spec.rungs[-1], gate.check)
+        data = load_data(study)
+        plan = LanePlan.of(
+            lambda: FusedTrainer(study, surrogate, data, spec.rungs[-1], lambda site: None), spec
+        )  # before any lane: nothing waits for the gate yet
+        trainer = FusedTrainer(study, surrogate, data, spec.rungs[-1], gate.check)
         if spec.slot.kind == "bubble":
-            warm_up(trainer, min(spec.max_lanes, max(1, len(spec.lanes))))
-        return BundleWorker(spec, files, study, trainer, gate, SystemClock())
+            warm_up(trainer, plan, min(spec.max_lanes, max(1, len(spec.lanes))))
+        return BundleWorker(spec, files, study, trainer, plan, gate, SystemClock())
 
     return prepare

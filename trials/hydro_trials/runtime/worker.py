@@ -17,10 +17,13 @@ from hydro_slurm.clock import Clock
 from hydro_slurm.errors import FormatError, GateGoneError, HydroError
 from hydro_slurm.model import COMPLETE, DIVERGED, FAIL, RUNNING, BundleSpec, LaneSpec, TrialResult
 from hydro_trials.fusion import FusedTrainer, sites
+from hydro_trials.fusion.program import SEPARATE
 from hydro_trials.hyperparameters import resolve_hyperparameters
+from hydro_trials.planner.memory import is_out_of_memory, resident_bytes
 from hydro_trials.runtime.bundle_dir import BundleDir
 from hydro_trials.runtime.checkpoints import Checkpoint, list_checkpoints, read_checkpoint, write_checkpoint
 from hydro_trials.runtime.gating import BundleGate, LeaveRequested
+from hydro_trials.runtime.plan import LanePlan
 from hydro_trials.runtime.progress import ProgressReporter
 from hydro_trials.study import Study
 from hydro_trials.study_file import describe_error
@@ -30,6 +33,8 @@ logger = logging.getLogger(__name__)
 EXIT_OK, EXIT_GATE_GONE = 0, 76
 INBOX_POLL_S = 0.25
 STEPS_PER_FINITE_CHECK = 8
+CAP_SHARE = 0.95
+"""Share of the memory cap at which lanes are given up, before the kernel ends the process."""
 
 
 class Finish(Exception):  # noqa: N818  # a way out, not an error
@@ -50,9 +55,16 @@ class BundleWorker:
     """Runs the lanes of one bundle until there is nothing left to do, or it has to leave."""
 
     def __init__(
-        self, spec: BundleSpec, files: BundleDir, study: Study, trainer: FusedTrainer, gate: BundleGate, clock: Clock
+        self,
+        spec: BundleSpec,
+        files: BundleDir,
+        study: Study,
+        trainer: FusedTrainer,
+        plan: LanePlan,
+        gate: BundleGate,
+        clock: Clock,
     ) -> None:
-        self.spec, self.study, self.trainer = spec, study, trainer
+        self.spec, self.study, self.trainer, self._plan = spec, study, trainer, plan
         self._files, self._gate, self._clock = files, gate, clock
         self.max_lanes = spec.max_lanes
         self.waiting: deque[LaneSpec] = deque()
@@ -61,7 +73,7 @@ class BundleWorker:
         self.lane_steps = 0
         self._share_s = 0.0
         self._counted_ns = gate.compute_ns
-        self._finishing = False
+        self._warning = ""
         now_ns = clock.monotonic_ns()
         self._next_poll_ns = self._next_tick_ns = now_ns
         self._next_checkpoint_ns = now_ns + round(spec.checkpoint_every_s * 1e9)
@@ -102,9 +114,9 @@ class BundleWorker:
             except (GateGoneError, Finish):
                 raise
             except Exception as error:
-                if _is_out_of_memory(error) and self._shrink(error):
+                if is_out_of_memory(error) and self._halve(self._explain(error)):
                     continue
-                self._fail(self.trainer.trials, self._explain(error))
+                self._fail_culprits(error)
 
     def _house_keeping(self) -> None:
         """Inbox, progress and periodic checkpoints, when they are due."""
@@ -120,6 +132,7 @@ class BundleWorker:
         if now_ns >= self._next_tick_ns:
             self._next_tick_ns = now_ns + 1_000_000_000
             self._files.retry_results()
+            self._keep_to_cap()
             self._report("running" if self.accounts or self.waiting else "idle")
 
     def _read_inbox(self) -> None:
@@ -129,6 +142,8 @@ class BundleWorker:
                 self._enqueue(message.lanes)
             elif message.kind == "stop":
                 self._stop(message.trials)
+            elif message.kind == "resize" and message.max_lanes >= 1:
+                self._resize(message.max_lanes)
             elif message.kind == "finish":
                 raise Finish(message.reason or "finish")
             else:
@@ -151,10 +166,10 @@ class BundleWorker:
             try:
                 step = self._admit_one(lane)
             except Exception as error:
-                if _is_out_of_memory(error) and self.accounts:
+                if is_out_of_memory(error) and self.accounts:
                     self.waiting.appendleft(lane)
                     self.max_lanes = len(self.accounts)
-                    self._files.event("out_of_memory", max_lanes=self.max_lanes, reason=self._explain(error))
+                    self._warn(f"out of memory, {self.max_lanes} lanes fit: {self._explain(error)}")
                     return
                 self._write(lane.trial, 0, 0, FAIL, reason=self._explain(error))
                 self.checkpoints.pop(lane.trial, None)
@@ -166,7 +181,7 @@ class BundleWorker:
         values = resolve_hyperparameters(self.study.optimizer, self.study.schedule, self.study.fixed, lane.params)
         checkpoint = self._newest_checkpoint(lane)
         self.trainer.admit(lane.trial, lane.seed, values, checkpoint.state if checkpoint else None)
-        self._reporter.lanes_changed(len(self.trainer.lanes))
+        self._lanes_changed()
         self._count_share()
         step = checkpoint.state.step if checkpoint else 0
         seconds = checkpoint.lane_seconds if checkpoint else 0.0
@@ -192,6 +207,9 @@ class BundleWorker:
 
     def _step(self) -> None:
         self.trainer.step()
+        if self.trainer.refusal is not None and self.max_lanes > 1:
+            self._warn(str(self.trainer.refusal))
+            self._resize(1)
         num_lanes = len(self.trainer.lanes)
         self.lane_steps += num_lanes
         self._reporter.step_done()
@@ -213,7 +231,10 @@ class BundleWorker:
 
     def _evaluate(self, trials: Collection[int]) -> None:
         """Write the result of the rung that each of these lanes has reached."""
-        evaluations = self.trainer.evaluate(trials)
+        failures: dict[int, Exception] = {}
+        evaluations = self.trainer.evaluate(trials, failures)
+        for trial, error in failures.items():
+            self._fail([trial], self._explain(error))
         for trial, metrics in evaluations.items():
             self._gate.check(sites.SAVE)
             lane, account = self.trainer.lane(trial), self.accounts[trial]
@@ -239,6 +260,23 @@ class BundleWorker:
         for trial in list(trials):
             self._end(trial, self.trainer.lane(trial).step, FAIL, reason=reason)
 
+    def _fail_culprits(self, error: Exception) -> None:
+        """A step has raised: end the lanes that raise when they are alone, and only them."""
+        if self.trainer.torn:
+            self._fail(self.trainer.trials, self._explain(error))
+            return
+        culprits = self.trainer.culprits()
+        for trial, own_error in culprits.items():
+            self._fail([trial], self._explain(own_error))
+        if culprits:
+            return
+        if self.trainer.is_used(SEPARATE, None):  # alone, nobody raises; so it is not the lanes' doing
+            self._fail(self.trainer.trials, self._explain(error))
+            return
+        self._warn(f"lanes are run one by one from now on: {self._explain(error)}")
+        self._plan = LanePlan(None)
+        self.trainer.use(SEPARATE)
+
     def _stop(self, trials: Collection[int]) -> None:
         self.waiting = deque(lane for lane in self.waiting if lane.trial not in trials)
         self._forget([trial for trial in trials if trial in self.accounts])
@@ -248,7 +286,7 @@ class BundleWorker:
     def _forget(self, trials: Collection[int]) -> None:
         self._count_share()
         self.trainer.drop(trials)
-        self._reporter.lanes_changed(len(self.trainer.lanes))
+        self._lanes_changed()
         for trial in trials:
             del self.accounts[trial]
             self.checkpoints.pop(trial, None)
@@ -292,21 +330,40 @@ class BundleWorker:
         self.checkpoints[trial] = path
         return path
 
-    def _shrink(self, error: Exception) -> bool:
-        """After running out of memory: halve the lanes; those that leave go on later, from a checkpoint."""
+    def _halve(self, reason: str) -> bool:
+        """Go on with half of the lanes, if there is more than one."""
         if len(self.accounts) <= 1:
             return False
-        self.max_lanes = len(self.accounts) // 2
-        self._files.event("out_of_memory", max_lanes=self.max_lanes, reason=self._explain(error))
+        self._warn(f"out of memory with {len(self.accounts)} lanes: {reason}")
+        self._resize(len(self.accounts) // 2)
+        return True
+
+    def _keep_to_cap(self) -> None:
+        cap_bytes = self.spec.memory_cap_bytes
+        if cap_bytes is not None and resident_bytes(self.trainer.device) > CAP_SHARE * cap_bytes:
+            self._halve(f"the cap is {cap_bytes} bytes")
+
+    def _resize(self, max_lanes: int) -> None:
+        """Change the max fusion count; lanes beyond it go on later, from a checkpoint."""
+        self.max_lanes = max_lanes
         # A lane that was being updated when memory ended is no whole step: it goes back to its last checkpoint.
         torn = self.trainer.torn
-        surplus = self.trainer.trials if torn else self.trainer.trials[self.max_lanes :]
+        surplus = self.trainer.trials if torn else self.trainer.trials[max_lanes:]
         for trial in reversed(surplus):
             path = self.checkpoints.get(trial) if torn else self._save(trial)
             self.waiting.appendleft(replace(self.accounts[trial].spec, checkpoint=path))
         self._forget(surplus)
         self.checkpoints.update({lane.trial: lane.checkpoint for lane in self.waiting if lane.checkpoint})
-        return True
+        self._files.event("resized", max_lanes=max_lanes, waiting=len(self.waiting))
+
+    def _warn(self, what: str) -> None:
+        logger.warning("bundle=%s %s", self.spec.bundle, what)
+        self._files.event("warning", reason=what)
+        self._warning = what
+
+    def _lanes_changed(self) -> None:
+        self._reporter.lanes_changed(len(self.trainer.lanes))
+        self._plan.apply(self.trainer)
 
     def _leave(self, why: str) -> None:
         """Checkpoint every lane. Runs while the gate is closed or gone, so it does nothing else."""
@@ -346,10 +403,6 @@ class BundleWorker:
             lane_steps=self.lane_steps,
             checkpoints={str(trial): path for trial, path in self.checkpoints.items()},
             steps=steps,
+            max_lanes=self.max_lanes,
+            warning=self._warning,
         )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

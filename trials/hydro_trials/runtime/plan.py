@@ -1,0 +1,69 @@
+"""How a bundle runs its lanes: what the study's profile of this device says, or else a profile made now."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from hydro_slurm import formats
+from hydro_slurm.errors import FormatError, HydroError, PlannerError
+from hydro_slurm.model import BundleSpec, Profile
+from hydro_trials.fusion import FusedTrainer
+from hydro_trials.fusion.program import GENERAL
+from hydro_trials.planner import Limits, Profiler, choose_point, profile_key
+
+logger = logging.getLogger(__name__)
+
+BUDGET_S = 3.0
+"""Time that a bundle spends on a profile of its own, where the study has none of this device."""
+
+
+class LanePlan:
+    """Chooses, for each fusion count, the way of running lanes that measured fastest."""
+
+    def __init__(self, profile: Profile | None) -> None:
+        self._profile = profile
+
+    @classmethod
+    def of(cls, make_trainer: Callable[[], FusedTrainer], spec: BundleSpec) -> LanePlan:
+        """By the study's profile of this model on this device; without one, measure for a moment and leave it there."""
+        directory = Path(spec.study_dir) / "profiles"
+        trainer = make_trainer()
+        path = directory / f"{profile_key(trainer)}.json"
+        try:
+            return cls(formats.read_record(Profile, path))
+        except FileNotFoundError:
+            pass
+        except (FormatError, OSError) as error:
+            logger.warning("the study's profile is made anew: %s", error)
+        limits = Limits(max_lanes=spec.max_lanes, cap_bytes=spec.memory_cap_bytes, budget_s=BUDGET_S)
+        try:
+            profile = Profiler(make_trainer, limits).run()
+        except PlannerError as error:
+            logger.warning("%s; one lane at a time is tried", error)
+            return cls(None)
+        except Exception as error:  # the training itself will find it, and can say whom it concerns
+            logger.info("profiling broke off: %s", error)
+            return cls(None)
+        try:
+            directory.mkdir(exist_ok=True)
+            formats.write_record(path, profile)
+        except OSError as error:
+            logger.warning("cannot keep the profile: %s", error)
+        return cls(profile)
+
+    def apply(self, trainer: FusedTrainer) -> None:
+        """Have the trainer run its present lanes the best way."""
+        if self._profile is None or trainer.refusal is not None or not trainer.lanes:
+            return
+        point = choose_point(self._profile.points, len(trainer.lanes))
+        if point is None or trainer.is_used(point.kind, point.depth):
+            return
+        try:
+            trainer.use(point.kind, depth=point.depth)
+        except HydroError as error:
+            logger.warning("%s lanes are run the general way: %s", len(trainer.lanes), error)
+            self._profile = replace(self._profile, points=())
+            trainer.use(GENERAL)
