@@ -47,7 +47,7 @@ class StudyController:
         self.clock = clock or SystemClock()
         self._lock = _lock(directory)
         self.slurm = slurm or CommandLineClient()
-        self.search = Search(self.record.description, directory)
+        self.search = Search(self.record.description, directory, self.record.separates)
         self.verification: Verification | None = None
         self._hosts = HostWatch(
             self.slurm,
@@ -114,7 +114,7 @@ class StudyController:
             for trial in top
         ]
         lanes = [self.search.lane(trial.number, trial.params) for trial in top]
-        self.verification = Verification(self.directory / VERIFIED_NAME, candidates, lanes)
+        self.verification = Verification(self.directory / VERIFIED_NAME, candidates, lanes, self.record.separates)
         self.backend.sources["verify"] = self.verification
 
     def _pick_up(self) -> None:

@@ -92,6 +92,8 @@ class StudyRecord:
     """Variables that the controller and its bundles are given."""
     knee_lanes: int = 0
     """The fusion count beyond which more lanes bring no throughput, as measured at submission; 0 if unknown."""
+    separates: tuple[str, ...] = ()
+    """Hyperparameters in which the trials of a bundle must agree, as found at submission."""
     lane_bytes: int = 0
     """Memory that one more surrogate lane adds, in bytes; 0 if unknown."""
     target_lane_bytes: int = 0

@@ -17,6 +17,7 @@ from hydro_slurm.policy import Demand, Finish, Launch, Refill, RunningBundle, Si
 from hydro_slurm.slurm import StepProcess
 from hydro_slurm.study.bundle_files import BundleFiles
 from hydro_slurm.study.description import StudyRecord
+from hydro_slurm.study.grouping import Group, group_of
 from hydro_slurm.study.hosts import HostView, HostWatch
 from hydro_slurm.study.launching import BundleLauncher
 
@@ -35,7 +36,7 @@ class TrialSource(Protocol):
     def num_waiting(self) -> int: ...
     @property
     def finished(self) -> bool: ...
-    def take(self, count: int) -> list[LaneSpec]: ...
+    def take(self, count: int, group: Group | None = None) -> list[LaneSpec]: ...
     def give_back(self, trials: set[int], checkpoints: dict[int, str], *, lost: bool) -> None: ...
     def record(self, results: list[TrialResult]) -> list[int]: ...
 
@@ -51,6 +52,8 @@ class _Bundle:
     process: StepProcess
     trials: set[int]
     """Trials handed to it that have not ended."""
+    group: Group
+    """What they agree in, and whoever joins them must."""
     finishing: bool = False
     warning: str = ""
 
@@ -136,13 +139,16 @@ class OwnModeBackend:
             files,
             process,
             trials,
+            group_of(lanes[0], self.record.separates),
         )
         logger.info("bundle=%s purpose=%s slot=%s lanes=%d started", name, launch.purpose, launch.slot_id, len(lanes))
 
     def refill(self, refill: Refill) -> None:
         """Hand more trials to a bundle."""
         bundle = self._bundles[refill.bundle_id]
-        lanes = self.sources[bundle.purpose].take(refill.num_lanes)
+        lanes = self.sources[bundle.purpose].take(refill.num_lanes, bundle.group)
+        if not lanes and not bundle.trials:
+            self.finish(Finish(bundle.id, "no trial that waits may share this bundle"))
         if lanes:
             bundle.trials.update(lane.trial for lane in lanes)
             bundle.files.send(InboxMessage("refill", lanes=tuple(lanes)))

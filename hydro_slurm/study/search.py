@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hydro_slurm.model import COMPLETE, DIVERGED, FAIL, PRUNED, RUNNING, WAITING, LaneSpec, TrialResult
 from hydro_slurm.study.description import StudyDescription
+from hydro_slurm.study.grouping import Group, take_alike
 from hydro_slurm.study.storage import make_pruner, make_sampler, open_storage
 
 logger = logging.getLogger(__name__)
@@ -28,9 +29,9 @@ MAX_LOSSES = 3
 class Search:
     """Search space, sampler, pruner and trial states of one study. The only writer of its storage."""
 
-    def __init__(self, description: StudyDescription, directory: Path) -> None:
+    def __init__(self, description: StudyDescription, directory: Path, separates: Sequence[str] = ()) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.description = description
+        self.description, self._separates = description, separates
         self._space = description.distributions()
         self._study = optuna.create_study(
             study_name=description.name,
@@ -67,13 +68,15 @@ class Search:
         """Whether every trial of the study has ended."""
         return self.num_waiting == 0 and not self._running
 
-    def take(self, count: int) -> list[LaneSpec]:
-        """Up to `count` trials for a bundle: those that lost their lane first, then new ones from the sampler."""
-        lanes: list[LaneSpec] = []
-        while len(lanes) < count and self.num_waiting:
-            lane = self._waiting.popleft() if self._waiting else self._ask()
-            self._running[lane.trial] = lane
-            lanes.append(lane)
+    def take(self, count: int, group: Group | None = None) -> list[LaneSpec]:
+        """Up to `count` trials that may share a bundle: those that lost their lane first, then new ones.
+
+        Args:
+            count: How many are wanted.
+            group: Of the bundle that they are to join; None for a new bundle.
+        """
+        lanes = take_alike(self._waiting, count, self._separates, group, self._ask)
+        self._running.update((lane.trial, lane) for lane in lanes)
         return lanes
 
     def give_back(self, trials: Iterable[int], checkpoints: dict[int, str] | None = None, *, lost: bool = True) -> None:
@@ -136,7 +139,9 @@ class Search:
         counts[WAITING] = self.num_waiting
         return counts
 
-    def _ask(self) -> LaneSpec:
+    def _ask(self) -> LaneSpec | None:
+        if self._num_created >= self.description.trials:
+            return None
         trial = self._study.ask(fixed_distributions=self._space)
         self._num_created += 1
         self._live[trial.number] = trial

@@ -67,6 +67,7 @@ def prepare_study(
         python=sys.executable,
         environment=recorded_environment(),
         knee_lanes=1 if "general" in profile.refused else profile.knee_lanes,
+        separates=tuple(found["separates"]),
         lane_bytes=profile.lane_bytes,
         target_lane_bytes=_target_lane_bytes(profile, found["num_parameters"]),
     )

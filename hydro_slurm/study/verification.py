@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, ClassVar, Optional
 
 from hydro_slurm import formats
 from hydro_slurm.model import COMPLETE, FAIL, RUNNING, LaneSpec, TrialResult
+from hydro_slurm.study.grouping import Group, take_alike
 
 MAX_LOSSES = 3
 FILE_NAME = "verified.json"
@@ -40,8 +42,14 @@ class VerificationRecord:
 class Verification:
     """Trains the given configurations on the target; survives restarts through its file."""
 
-    def __init__(self, path: Path, candidates: Sequence[VerifiedTrial], lanes: Sequence[LaneSpec]) -> None:
-        self._path = path
+    def __init__(
+        self,
+        path: Path,
+        candidates: Sequence[VerifiedTrial],
+        lanes: Sequence[LaneSpec],
+        separates: Sequence[str] = (),
+    ) -> None:
+        self._path, self._separates = path, separates
         if path.exists():
             candidates = formats.read_record(VerificationRecord, path).candidates
         self._candidates = {candidate.trial: candidate for candidate in candidates}
@@ -61,11 +69,13 @@ class Verification:
         """Whether every configuration has ended."""
         return not self._waiting and not self._running
 
-    def take(self, count: int) -> list[LaneSpec]:
-        """Up to `count` configurations for a bundle."""
-        taken, self._waiting = self._waiting[:count], self._waiting[count:]
-        self._running.update(taken)
-        return [self._lanes[trial] for trial in taken]
+    def take(self, count: int, group: Group | None = None) -> list[LaneSpec]:
+        """Up to `count` configurations that may share a bundle; see `Search.take`."""
+        waiting = deque(self._lanes[trial] for trial in self._waiting)
+        lanes = take_alike(waiting, count, self._separates, group)
+        self._waiting = [lane.trial for lane in waiting]
+        self._running.update(lane.trial for lane in lanes)
+        return lanes
 
     def give_back(self, trials: Iterable[int], checkpoints: dict[int, str] | None = None, *, lost: bool = True) -> None:
         """Put configurations back to waiting because their bundle has ended."""

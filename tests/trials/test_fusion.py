@@ -21,7 +21,8 @@ from hydro_trials.fusion.layout import FlatLayout
 from hydro_trials.fusion.optimizers import SEGMENT_VALUES, FusedOptimizer, LaneSettings
 from hydro_trials.fusion.program import boundary_modules
 from hydro_trials.fusion.streams import SampleStream, derive_seed
-from hydro_trials.hyperparameters import lr_multiplier, resolve_hyperparameters
+from hydro_trials.hyperparameters import resolve_hyperparameters
+from hydro_trials.schedules import lr_multiplier
 from hydro_trials.surrogate import ParamRule, Surrogate, make_surrogate
 
 MakeStudy = Callable[..., hydro.Study]
@@ -142,7 +143,9 @@ def test_lanes_equal_separate_training_in_float64(
     schedule: str,
     scale: int,
 ) -> None:
-    study = make_study(build=lambda w: build_mlp(w).double(), optimizer=optimizer, schedule=schedule)
+    names = {name for params in lanes for name in params}
+    space = {name: hydro.Categorical([params[name] for params in lanes if name in params]) for name in names}
+    study = make_study(build=lambda w: build_mlp(w).double(), optimizer=optimizer, schedule=schedule, space=space)
     trainer = make_trainer(study, data64, scale=scale)
     for trial, params in enumerate(lanes):
         admit(trainer, trial, params)

@@ -422,7 +422,7 @@ def test_a_metric_that_raises_for_one_lane_ends_that_lane_alone(make_bundle: Cal
 
 CULPRIT = """
 def loss(output, target):
-    if not torch._C._functorch.is_batchedtensor(output) and float(output.detach().abs().max()) > 1e3:
+    if not torch._C._functorch.is_batchedtensor(output) and not float(output.detach().abs().max()) <= 1e3:
         raise ValueError("one lane's trouble")
     if torch._C._functorch.is_batchedtensor(output):
         num_calls[0] += 1

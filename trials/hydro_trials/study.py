@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,16 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from hydro_slurm.errors import StudyError
 from hydro_slurm.model import NAME_PATTERN
 from hydro_trials.hyperparameters import (
+    FLAGS,
     OPTIMIZER_DEFAULTS,
-    SCHEDULE_DEFAULTS,
+    TOGETHER,
+    check_complete,
+    check_together,
     check_value,
+    hint_at,
     known_hyperparameters,
 )
+from hydro_trials.schedules import SCHEDULE_DEFAULTS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -81,11 +87,11 @@ class Study:
     """`valid.loss`, or `valid.NAME` of one of the metrics."""
     direction: str = "minimize"
     optimizer: str = "adam"
-    """sgd, adam (weight decay is part of the gradient) or adamw (decoupled)."""
+    """sgd, adam, rmsprop, adagrad (weight decay is part of the gradient), adamw or lion (decoupled)."""
     fixed: Mapping[str, float] = field(default_factory=dict)
     """Hyperparameters that are not searched."""
     schedule: str = "constant"
-    """constant, cosine or step."""
+    """constant, cosine, step, multistep, exponential, onecycle or polynomial."""
     rungs: int | Sequence[int] = 4
     """Steps after which a trial is evaluated and may be pruned, the last being `steps`; or how many such rungs."""
     trials: int = 32
@@ -130,6 +136,13 @@ class Study:
         self.rung_steps  # noqa: B018  # raises where the rungs cannot work
 
     @property
+    def batch_sizes(self) -> list[int]:
+        """Every batch size that a trial may have, or the smallest and the largest of a range."""
+        if "batch_size" in self.space:
+            return sorted(round(value) for value in _extremes(self.space["batch_size"]))
+        return [round(self.fixed.get("batch_size", self.batch_size))]
+
+    @property
     def rung_steps(self) -> tuple[int, ...]:
         """Steps of every rung, rising, the last one the whole budget."""
         if isinstance(self.rungs, int) and not isinstance(self.rungs, bool):
@@ -169,19 +182,39 @@ class Study:
                 raise StudyError(f"Study.space and Study.fixed both name {name!r}: remove one of them")
             if not isinstance(distribution, BaseDistribution):
                 raise StudyError(f"Study.space[{name!r}]: got {distribution!r}, needed Float, Int or Categorical")
+            if name in FLAGS and isinstance(distribution, FloatDistribution):
+                raise StudyError(
+                    f"Study.space[{name!r}]: got Float, needed Categorical([False, True]): it is on or off"
+                )
             for value in _extremes(distribution):
-                check_value(name, value)
+                check_value(name, value, self.schedule)
         for name, value in self.fixed.items():
             self._check_known(f"fixed[{name!r}]", name, known)
-            check_value(name, value)
-        if "lr" not in self.space and "lr" not in self.fixed:
-            raise StudyError("Study: no learning rate: name 'lr' in space or in fixed")
+            check_value(name, value, self.schedule)
+        check_complete({*self.space, *self.fixed}, self.schedule)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Refuse a study none of whose trials could have hyperparameters that go together; one trial in some cannot."""
+        choices = {name: [value] for name, value in {**OPTIMIZER_DEFAULTS[self.optimizer], **self.fixed}.items()}
+        choices |= {name: _extremes(distribution) for name, distribution in self.space.items()}
+        together = {name: choices[name] for name in TOGETHER if name in choices}
+        refusal: StudyError | None = None
+        for values in itertools.product(*together.values()):
+            try:
+                check_together(dict(zip(together, values, strict=True)))
+            except StudyError as error:
+                refusal = error
+            else:
+                return
+        if refusal is not None:
+            raise refusal
 
     def _check_known(self, where: str, name: str, known: Sequence[str]) -> None:
         if name not in known:
             raise StudyError(
                 f"Study.{where}: unknown; optimizer {self.optimizer!r} with schedule {self.schedule!r} knows "
-                f"{', '.join(known)}"
+                f"{', '.join(known)}{hint_at(name, self.schedule)}"
             )
 
     def _check_objective(self) -> None:

@@ -57,10 +57,9 @@ def load_data(study: Study) -> Data:
             raise StudyError(f"Data.{part}: needed a pair (inputs, targets) of tensors, got {type(pair).__name__}")
         if len(pair[0]) != len(pair[1]) or len(pair[0]) == 0:
             raise StudyError(f"Data.{part}: got {len(pair[0])} inputs and {len(pair[1])} targets, needed equally many")
-    if len(data.train[0]) < study.batch_size:
-        raise StudyError(
-            f"Study.batch_size: got {study.batch_size}, but there are only {len(data.train[0])} training samples"
-        )
+    largest = max(study.batch_sizes)
+    if len(data.train[0]) < largest:
+        raise StudyError(f"Study.batch_size: got {largest}, but there are only {len(data.train[0])} training samples")
     return data
 
 

@@ -35,7 +35,7 @@ class LaneFunctions(TorchFunctionMode):
     def __init__(self, lane: Tensor, generators: LaneGenerators) -> None:
         super().__init__()
         self._lane, self._generators = lane, generators
-        self.num_handled = 0
+        self.num_handled = self.num_drawn = 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -48,10 +48,12 @@ class LaneFunctions(TorchFunctionMode):
 
     def draw(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """See `LaneGenerators.draw`."""
+        self.num_drawn += 1
         return self._generators.draw(self._lane, function, *args, **kwargs)
 
     def noise(self, shape: list[int], like: Tensor, keep: float) -> Tensor:
         """See `LaneGenerators.noise`."""
+        self.num_drawn += 1
         return self._generators.noise(self._lane, shape, like, keep)
 
 

@@ -30,6 +30,7 @@ from hydro_trials.fusion.programs import make_program
 from hydro_trials.fusion.refusal import NotFusableError
 from hydro_trials.fusion.separate import SeparateProgram
 from hydro_trials.fusion.streams import SampleStream, derive_seed, make_batch
+from hydro_trials.hyperparameters import used_hyperparameters
 from hydro_trials.study import Data, Study
 from hydro_trials.surrogate import Surrogate, check_readouts
 
@@ -68,7 +69,8 @@ class FusedTrainer:
         self.data = data if self.device.type == "cpu" else _moved(data, self.device)
         self._template = surrogate.make(0).to(self.device)
         self.layout = FlatLayout.of(self._template)
-        self.optimizer = FusedOptimizer(study.optimizer, study.schedule, num_steps, self.layout, surrogate.rules)
+        used = used_hyperparameters(study.optimizer, study.fixed, study.space)
+        self.optimizer = FusedOptimizer(study.optimizer, study.schedule, num_steps, self.layout, surrogate.rules, used)
         self.refusal: NotFusableError | None = None
         """Why lanes run one by one, where the model left no choice."""
         self._programs: dict[tuple[str, int | None], Program] = {}
@@ -136,9 +138,10 @@ class FusedTrainer:
             raise FusionError(f"trial {trial} is in this bundle already")
         state = state or self._initial_state(seed)
         row_P = self.layout.pack(state.parameters)
+        first = self.optimizer.initial_slots(values)
         slots = {
-            name: self.layout.pack(state.optimizer[name]) if name in state.optimizer else torch.zeros_like(row_P)
-            for name in self.optimizer.slot_names
+            name: self.layout.pack(state.optimizer[name]) if name in state.optimizer else torch.full_like(row_P, value)
+            for name, value in first.items()
         }
         if state.optimizer and set(state.optimizer) != set(slots):
             raise FusionError(

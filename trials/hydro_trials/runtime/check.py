@@ -14,6 +14,7 @@ from hydro_slurm.errors import HydroError, StudyError
 from hydro_slurm.formats import from_document, to_document
 from hydro_slurm.model import Profile
 from hydro_trials.fusion import FusedTrainer
+from hydro_trials.fusion.sharing import separating_names
 from hydro_trials.planner import Limits, Profiler
 from hydro_trials.runtime.gating import OwnSlotGate
 from hydro_trials.runtime.profile import to_text
@@ -65,6 +66,7 @@ def check_study(file: Path, *, as_json: bool) -> str:
         "lanes": len(trainer.lanes),
         "step_ms": round(step_ms, 3),
         "quantum_p99_us": round(gate.quantum_p99_ns / 1e3, 1),
+        "separates": list(separating_names(study, surrogate.make(0), data)),
         "profile": to_document(profile),
     }
     return json.dumps(document) if as_json else _to_text(document)

@@ -12,7 +12,8 @@ ratio of fan-out to fan-in is 1.
 
 A surrogate's gradients are S times the target's (the readout's input is multiplied by S), hence eps. SGD and AdamW
 keep lr x decay. Adam divides its L2 term by the gradient's size as well, so its coefficient grows with the ratio of
-gradient to weight, which for hidden weights does not change.
+gradient to weight, which for hidden weights does not change. RMSprop and Adagrad, whose steps do not depend on the
+gradient's size either, follow Adam; Lion, whose decay is decoupled, follows AdamW.
 
 Source: Yang et al., Tensor Programs V (2022), table 8, and the measurements quoted in this project's design.
 """
@@ -24,7 +25,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hydro_slurm.errors import SurrogateError
-from hydro_trials.hyperparameters import OPTIMIZER_DEFAULTS
+
+_FOLLOWS = {"sgd": "sgd", "adam": "adam", "adamw": "adamw", "rmsprop": "adam", "adagrad": "adam", "lion": "adamw"}
+"""The column of the table that each optimizer takes."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +47,19 @@ def param_rules(kinds: Mapping[str, str], width_scale: float, optimizer: str) ->
     Raises:
         SurrogateError: The optimizer has no known rule.
     """
-    if optimizer not in OPTIMIZER_DEFAULTS:
+    if optimizer not in _FOLLOWS:
         raise SurrogateError(f"optimizer {optimizer!r} has no known rule for width_scale {width_scale:g}")
-    return {name: _rule(kind, width_scale, optimizer) for name, kind in kinds.items()}
+    return {name: _rule(kind, width_scale, _FOLLOWS[optimizer]) for name, kind in kinds.items()}
 
 
-def _rule(kind: str, scale: float, optimizer: str) -> ParamRule:
+def _rule(kind: str, scale: float, column: str) -> ParamRule:
     if kind == "fixed" or scale == 1:
         return ParamRule(kind)
     if kind == "hidden":
-        if optimizer == "sgd":
+        if column == "sgd":
             return ParamRule(kind, init_std=math.sqrt(scale), eps=scale)
-        decay = 1 / scale if optimizer == "adamw" else 1.0
+        decay = 1 / scale if column == "adamw" else 1.0
         return ParamRule(kind, init_std=math.sqrt(scale), lr=scale, weight_decay=decay, eps=scale)
-    if optimizer == "sgd":
+    if column == "sgd":
         return ParamRule(kind, lr=1 / scale, weight_decay=scale, eps=scale)
-    return ParamRule(kind, weight_decay=1.0 if optimizer == "adamw" else scale, eps=scale)
+    return ParamRule(kind, weight_decay=1.0 if column == "adamw" else scale, eps=scale)
