@@ -1,4 +1,4 @@
-"""The separate computation: one trial, the plain module, torch.optim, an ordinary loop. What lanes are compared with."""
+"""The separate computation: one trial, the plain module, torch.optim, an ordinary loop. Lanes must equal it."""
 
 from __future__ import annotations
 

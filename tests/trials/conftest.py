@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from torch import nn
 
 import hydro_trials as hydro
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 NUM_INPUTS, NUM_CLASSES = 12, 5
 

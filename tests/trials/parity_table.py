@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,7 +39,7 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, NUM_CLASSES))
 
 
-def image_net(*layers: nn.Module, channels: int = 4) -> Callable[[], nn.Module]:
+def image_net(*layers: nn.Module, bias: bool = True) -> Callable[[], nn.Module]:
     """Layers between a convolution and a classifier; built anew each time from their own settings."""
     import copy
 
@@ -49,7 +50,11 @@ def image_net(*layers: nn.Module, channels: int = 4) -> Callable[[], nn.Module]:
                 if hasattr(part, "reset_parameters"):
                     part.reset_parameters()
         return nn.Sequential(
-            nn.Conv2d(2, 4, 3, padding=1), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, NUM_CLASSES)
+            nn.Conv2d(2, 4, 3, padding=1, bias=bias),
+            *body,
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, NUM_CLASSES),
         )
 
     return build
@@ -148,42 +153,103 @@ def words(make_body: Callable[[], nn.Module], **options: Any) -> Callable[[], nn
     return lambda: Words(make_body(), **options)
 
 
+def gpt2() -> nn.Module:
+    sizes = {"vocab_size": VOCABULARY, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, use_cache=False))
+
+
+def llama() -> nn.Module:
+    """With grouped queries."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, use_cache=False))
+
+
 WORDS: dict[str, Any] = {"shape": (6,), "words": True, "per_word": True}
 IMAGE: dict[str, Any] = {"shape": (2, 6, 6)}
 
 LAYERS = [
     Entry("linear", mlp),
-    Entry("activations", lambda: nn.Sequential(nn.Linear(12, 9), nn.SiLU(), nn.Linear(9, 9), nn.PReLU(), nn.Mish(), nn.Linear(9, 5))),
+    Entry(
+        "activations",
+        lambda: nn.Sequential(nn.Linear(12, 9), nn.SiLU(), nn.Linear(9, 9), nn.PReLU(), nn.Mish(), nn.Linear(9, 5)),
+    ),
     Entry("conv2d", image_net(nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2, bias=False)), **IMAGE),
     Entry("conv2d grouped", image_net(nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 1, groups=4)), **IMAGE),
     Entry("conv2d dilated", image_net(nn.Conv2d(4, 4, 3, dilation=2, padding="same"), nn.Hardswish()), **IMAGE),
     Entry("conv2d transposed", image_net(nn.ReLU(), nn.ConvTranspose2d(4, 4, 2, stride=2)), **IMAGE),
     Entry("conv1d", words(lambda: Across(nn.Conv1d(8, 8, 3, padding=1), nn.ReLU()), padding_idx=None), **WORDS),
     Entry("conv1d transposed", words(lambda: Across(nn.ConvTranspose1d(8, 8, 3, padding=1), nn.ELU())), **WORDS),
-    Entry("conv3d", lambda: nn.Sequential(nn.Conv3d(1, 3, 2), nn.ReLU(), nn.MaxPool3d(2), nn.Flatten(), nn.Linear(3, 5)), shape=(1, 3, 3, 3)),
-    Entry("conv3d transposed", lambda: nn.Sequential(nn.ConvTranspose3d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(54, 5)), shape=(1, 2, 2, 2), fast=False),
+    Entry(
+        "conv3d",
+        lambda: nn.Sequential(nn.Conv3d(1, 3, 2), nn.ReLU(), nn.MaxPool3d(2), nn.Flatten(), nn.Linear(3, 5)),
+        shape=(1, 3, 3, 3),
+    ),
+    Entry(
+        "conv3d transposed",
+        lambda: nn.Sequential(nn.ConvTranspose3d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(54, 5)),
+        shape=(1, 2, 2, 2),
+        fast=False,
+    ),
     Entry("pooling", image_net(nn.MaxPool2d(2), nn.Conv2d(4, 4, 2), nn.AvgPool2d(2)), **IMAGE),
-    Entry("batch norm 2d", image_net(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)), vanishing=("0.bias",), **IMAGE),
-    Entry("batch norm 1d", lambda: nn.Sequential(nn.Linear(12, 8, bias=False), nn.BatchNorm1d(8, momentum=0.3), nn.ReLU(), nn.Linear(8, 5))),
-    Entry("batch norm without affine", image_net(nn.BatchNorm2d(4, affine=False), nn.ReLU()), vanishing=("0.bias",), **IMAGE),
+    Entry(
+        "batch norm 2d",
+        image_net(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)),
+        vanishing=("0.bias", "running_mean"),
+        **IMAGE,
+    ),
+    Entry(
+        "batch norm 1d",
+        lambda: nn.Sequential(
+            nn.Linear(12, 8, bias=False), nn.BatchNorm1d(8, momentum=0.3), nn.ReLU(), nn.Linear(8, 5)
+        ),
+    ),
+    Entry(
+        "batch norm without affine",
+        image_net(nn.BatchNorm2d(4, affine=False), nn.ReLU(), bias=False),
+        **IMAGE,
+    ),
     Entry("layer norm", lambda: nn.Sequential(nn.Linear(12, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 5))),
     Entry("group norm", image_net(nn.GroupNorm(2, 4), nn.ReLU()), **IMAGE),
-    Entry("instance norm", image_net(nn.InstanceNorm2d(4, affine=True), nn.ReLU(), nn.Conv2d(4, 4, 3)), vanishing=("0.bias",), fast=False, **IMAGE),
+    Entry(
+        "instance norm",
+        image_net(nn.InstanceNorm2d(4, affine=True), nn.ReLU(), nn.Conv2d(4, 4, 3)),
+        vanishing=("0.bias",),
+        fast=False,
+        **IMAGE,
+    ),
     Entry("rms norm", lambda: nn.Sequential(nn.Linear(12, 8), nn.RMSNorm(8), nn.ReLU(), nn.Linear(8, 5))),
     Entry("residual", Residual, vanishing=("twice.bias",), **IMAGE),
     Entry("embedding with padding", words(lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU())), **WORDS),
     Entry("embedding tied to the head", words(lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU()), tied=True), **WORDS),
     Entry("attention", words(Attention), **WORDS),
     Entry("attention with dropout", words(lambda: Attention(0.3)), fast=False, **WORDS),
-    Entry("nn.TransformerEncoder", words(lambda: encoder(0.0)), vanishing=("self_attn.in_proj_bias",), fast=False, **WORDS),
-    Entry("nn.TransformerEncoder with dropout", words(lambda: encoder(0.2)), vanishing=("self_attn.in_proj_bias",), fast=False, **WORDS),
+    Entry(
+        "nn.TransformerEncoder", words(lambda: encoder(0.0)), vanishing=("self_attn.in_proj_bias",), fast=False, **WORDS
+    ),
+    Entry(
+        "nn.TransformerEncoder with dropout",
+        words(lambda: encoder(0.2)),
+        vanishing=("self_attn.in_proj_bias",),
+        fast=False,
+        **WORDS,
+    ),
     Entry("rnn cell", words(lambda: Recurrent("RNNCell")), fast=False, **WORDS),
     Entry("gru cell", words(lambda: Recurrent("GRUCell")), fast=False, **WORDS),
     Entry("lstm cell", words(lambda: Recurrent("LSTMCell")), fast=False, **WORDS),
-    Entry("dropout", lambda: nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.4), nn.ReLU(), nn.Linear(16, 5), nn.Dropout(0.1))),
+    Entry(
+        "dropout",
+        lambda: nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.4), nn.ReLU(), nn.Linear(16, 5), nn.Dropout(0.1)),
+    ),
     Entry("dropout of channels", image_net(nn.Dropout2d(0.4), nn.Conv2d(4, 4, 3)), **IMAGE),
-    Entry("alpha dropout", lambda: nn.Sequential(nn.Linear(12, 16), nn.SELU(), nn.AlphaDropout(0.2), nn.Linear(16, 5)), fast=False),
+    Entry(
+        "alpha dropout",
+        lambda: nn.Sequential(nn.Linear(12, 16), nn.SELU(), nn.AlphaDropout(0.2), nn.Linear(16, 5)),
+        fast=False,
+    ),
     Entry("noise", lambda: nn.Sequential(nn.Linear(12, 16), Noise(), nn.ReLU(), nn.Linear(16, 5)), fast=False),
+    Entry("Hugging Face GPT-2 with dropout", gpt2, fast=False, **WORDS),
+    Entry("Hugging Face Llama", llama, fast=False, **WORDS),
 ]
 
 
@@ -205,23 +271,103 @@ OPTIMIZERS = [
         {"lr": 0.02, "momentum": 0.99},
         optimizer="sgd",
     ),
-    with_lanes("adam", {"lr": 1e-2}, {"lr": 1e-3, "beta1": 0.5, "beta2": 0.9, "weight_decay": 0.1, "eps": 1e-3}, {"lr": 3e-3, "amsgrad": 1}, {"lr": 2e-3}, optimizer="adam"),
-    with_lanes("adamw", {"lr": 1e-2, "weight_decay": 0.3}, {"lr": 1e-3, "weight_decay": 0.0, "eps": 1e-2}, {"lr": 3e-3, "amsgrad": 1}, {"lr": 2e-3, "beta1": 0.8}, optimizer="adamw"),
-    with_lanes("rmsprop", {"lr": 1e-3}, {"lr": 1e-3, "alpha": 0.9, "momentum": 0.5}, {"lr": 2e-3, "centered": 1, "weight_decay": 0.01}, {"lr": 5e-4, "eps": 1e-3}, optimizer="rmsprop"),
-    with_lanes("adagrad", {"lr": 1e-2}, {"lr": 3e-2, "lr_decay": 0.01}, {"lr": 1e-2, "weight_decay": 0.01}, {"lr": 1e-2, "initial_accumulator_value": 0.1}, optimizer="adagrad"),
-    with_lanes("lion", {"lr": 1e-3}, {"lr": 3e-4, "weight_decay": 0.1}, {"lr": 1e-3, "beta1": 0.95}, {"lr": 5e-4, "beta2": 0.98}, optimizer="lion"),
-    with_lanes("clipping", {"lr": 0.1, "clip_norm": 0.1}, {"lr": 0.1, "clip_value": 0.01}, {"lr": 0.1}, {"lr": 0.1, "clip_norm": 100.0}, optimizer="sgd"),
+    with_lanes(
+        "adam",
+        {"lr": 1e-2},
+        {"lr": 1e-3, "beta1": 0.5, "beta2": 0.9, "weight_decay": 0.1, "eps": 1e-3},
+        {"lr": 3e-3, "amsgrad": 1},
+        {"lr": 2e-3},
+        optimizer="adam",
+    ),
+    with_lanes(
+        "adamw",
+        {"lr": 1e-2, "weight_decay": 0.3},
+        {"lr": 1e-3, "weight_decay": 0.0, "eps": 1e-2},
+        {"lr": 3e-3, "amsgrad": 1},
+        {"lr": 2e-3, "beta1": 0.8},
+        optimizer="adamw",
+    ),
+    with_lanes(
+        "rmsprop",
+        {"lr": 1e-3},
+        {"lr": 1e-3, "alpha": 0.9, "momentum": 0.5},
+        {"lr": 2e-3, "centered": 1, "weight_decay": 0.01},
+        {"lr": 5e-4, "eps": 1e-3},
+        optimizer="rmsprop",
+    ),
+    with_lanes(
+        "adagrad",
+        {"lr": 1e-2},
+        {"lr": 3e-2, "lr_decay": 0.01},
+        {"lr": 1e-2, "weight_decay": 0.01},
+        {"lr": 1e-2, "initial_accumulator_value": 0.1},
+        optimizer="adagrad",
+    ),
+    with_lanes(
+        "lion",
+        {"lr": 1e-3},
+        {"lr": 3e-4, "weight_decay": 0.1},
+        {"lr": 1e-3, "beta1": 0.95},
+        {"lr": 5e-4, "beta2": 0.98},
+        optimizer="lion",
+    ),
+    with_lanes(
+        "clipping",
+        {"lr": 0.1, "clip_norm": 0.1},
+        {"lr": 0.1, "clip_value": 0.01},
+        {"lr": 0.1},
+        {"lr": 0.1, "clip_norm": 100.0},
+        optimizer="sgd",
+    ),
     with_lanes("accumulation", {"lr": 1e-2}, {"lr": 3e-3}, {"lr": 2e-3}, {"lr": 5e-3}, accumulate=3),
     with_lanes("orders of their own", {"lr": 1e-2}, {"lr": 3e-3}, {"lr": 2e-3}, {"lr": 5e-3}, data_order="per_trial"),
-    with_lanes("batch sizes of their own", {"lr": 1e-2, "batch_size": 4}, {"lr": 3e-3, "batch_size": 16}, {"lr": 2e-3, "batch_size": 7}, {"lr": 5e-3, "batch_size": 16}),
+    with_lanes(
+        "batch sizes of their own",
+        {"lr": 1e-2, "batch_size": 4},
+        {"lr": 3e-3, "batch_size": 16},
+        {"lr": 2e-3, "batch_size": 7},
+        {"lr": 5e-3, "batch_size": 16},
+    ),
 ]
 
 SCHEDULES = [
     on_schedule("constant", {"lr": 0.1}, {"lr": 0.05, "warmup_steps": 10}, {"lr": 0.02}, {"lr": 0.1}),
-    on_schedule("step", {"lr": 0.1, "gamma": 0.5}, {"lr": 0.1, "gamma": 0.1, "decay_steps": 13}, {"lr": 0.05}, {"lr": 0.1, "warmup_steps": 5}),
-    on_schedule("multistep", {"lr": 0.1, "gamma": 0.5, "milestone_1": 7}, {"lr": 0.1, "milestone_1": 20, "milestone_2": 33}, {"lr": 0.05}, {"lr": 0.1, "warmup_steps": 5, "milestone_1": 9}),
-    on_schedule("exponential", {"lr": 0.1, "gamma": 0.99}, {"lr": 0.1, "gamma": 0.9}, {"lr": 0.05, "gamma": 0.5, "decay_steps": 20}, {"lr": 0.1, "gamma": 0.95, "warmup_steps": 5}),
-    on_schedule("cosine", {"lr": 0.1}, {"lr": 0.1, "final_fraction": 0.2}, {"lr": 0.05, "warmup_steps": 9}, {"lr": 0.02}),
-    on_schedule("onecycle", {"lr": 0.1}, {"lr": 0.2, "pct_start": 0.5}, {"lr": 0.05, "div_factor": 5.0}, {"lr": 0.02, "final_div_factor": 10.0}),
-    on_schedule("polynomial", {"lr": 0.1}, {"lr": 0.1, "power": 2.0}, {"lr": 0.05, "warmup_steps": 9}, {"lr": 0.02, "power": 0.5}),
+    on_schedule(
+        "step",
+        {"lr": 0.1, "gamma": 0.5},
+        {"lr": 0.1, "gamma": 0.1, "decay_steps": 13},
+        {"lr": 0.05},
+        {"lr": 0.1, "warmup_steps": 5},
+    ),
+    on_schedule(
+        "multistep",
+        {"lr": 0.1, "gamma": 0.5, "milestone_1": 7},
+        {"lr": 0.1, "milestone_1": 20, "milestone_2": 33},
+        {"lr": 0.05},
+        {"lr": 0.1, "warmup_steps": 5, "milestone_1": 9},
+    ),
+    on_schedule(
+        "exponential",
+        {"lr": 0.1, "gamma": 0.99},
+        {"lr": 0.1, "gamma": 0.9},
+        {"lr": 0.05, "gamma": 0.5, "decay_steps": 20},
+        {"lr": 0.1, "gamma": 0.95, "warmup_steps": 5},
+    ),
+    on_schedule(
+        "cosine", {"lr": 0.1}, {"lr": 0.1, "final_fraction": 0.2}, {"lr": 0.05, "warmup_steps": 9}, {"lr": 0.02}
+    ),
+    on_schedule(
+        "onecycle",
+        {"lr": 0.1},
+        {"lr": 0.2, "pct_start": 0.5},
+        {"lr": 0.05, "div_factor": 5.0},
+        {"lr": 0.02, "final_div_factor": 10.0},
+    ),
+    on_schedule(
+        "polynomial",
+        {"lr": 0.1},
+        {"lr": 0.1, "power": 2.0},
+        {"lr": 0.05, "warmup_steps": 9},
+        {"lr": 0.02, "power": 0.5},
+    ),
 ]

@@ -6,6 +6,7 @@ Lanes are split off, merged, dropped and admitted again from their state, and jo
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 import hydro_trials as hydro
 from hydro_trials.fusion import FusedTrainer, LaneState
-from hydro_trials.hyperparameters import resolve_hyperparameters
+from hydro_trials.hyperparameters import FLAGS, resolve_hyperparameters
 from hydro_trials.surrogate import make_surrogate
 
 NUM_STEPS = 50
@@ -25,8 +26,13 @@ SEEDS = (11, 12, 13, 14)
 MakeStudy = Callable[..., hydro.Study]
 
 
-def classify(output: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(output.flatten(0, -2), target.flatten())
+def classify(output: Any, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits_of(output).flatten(0, -2), target.flatten())
+
+
+def logits_of(output: Any) -> Tensor:
+    logits: Tensor = getattr(output, "logits", output)
+    return logits
 
 
 def make_data(entry: Entry) -> hydro.Data:
@@ -103,10 +109,10 @@ def test_lanes_equal_trials_that_were_trained_by_themselves(make_study: MakeStud
     def build(width: float) -> nn.Module:
         return entry.build().double()
 
-    space = {"lr": hydro.Float(1e-5, 1.0, log=True)}
-    space |= {name: hydro.Float(0, 100) for lane in entry.lanes for name in lane if name not in ("lr", "batch_size")}
-    if "batch_size" in entry.lanes[0]:
-        space["batch_size"] = hydro.Categorical([4, 7, 16])
+    space: dict[str, Any] = {}
+    for name in sorted({name for lane in entry.lanes for name in lane}):
+        values = sorted({lane[name] for lane in entry.lanes if name in lane})
+        space[name] = hydro.Categorical([False, True] if name in FLAGS else values)
     settings = {"space": space, "loss": classify, "batch_size": 8, "steps": NUM_STEPS, **entry.fields}
     study = make_study(build=build, **settings)
     data = make_data(entry)
@@ -120,5 +126,5 @@ def test_lanes_equal_trials_that_were_trained_by_themselves(make_study: MakeStud
         plain = build(1.0)
         plain.load_state_dict(finished[trial])
         with torch.no_grad():
-            outputs = [module.eval()(data.valid[0]) for module in (plain, alone)]
+            outputs = [logits_of(module.eval()(data.valid[0])) for module in (plain, alone)]
         assert_near(outputs[0], outputs[1], entry.bound, f"trial {trial} output")

@@ -62,7 +62,7 @@ def num_samples(x: Tree) -> int:
 
 def take(tree: Tree, index: Tensor) -> Tree:
     """Samples by their numbers; `index` may have any shape, which replaces the first dimension."""
-    return tree_map(lambda t: t.index_select(0, index.reshape(-1)).view(*index.shape, *t.shape[1:]), tree)
+    return tree_map(lambda t: t.index_select(0, index.reshape(-1).to(t.device)).view(*index.shape, *t.shape[1:]), tree)
 
 
 def concatenate(parts: list[Tree], dim: int) -> Tree:

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from hydro_trials.fusion import sites
 from hydro_trials.fusion.batch import LaneBatch, Tree, call_model, concatenate
 from hydro_trials.fusion.intercept import lane_functions
-from hydro_trials.fusion.program import GENERAL, Boundaries, Check, Loss, check_scalar, lower_precision
+from hydro_trials.fusion.lower_precision import LanePrecision
+from hydro_trials.fusion.program import GENERAL, Boundaries, Check, Loss, check_scalar
 from hydro_trials.fusion.randomness import LaneGenerators
 from hydro_trials.fusion.refusal import refusal
 
@@ -49,9 +50,10 @@ class GeneralProgram:
         depth: int | None = None,
         use_unwrap: bool = True,
     ) -> None:
-        self.module, self.loss, self.dtype = module, loss, dtype
+        self.module, self.loss = module, loss
         self.boundaries = Boundaries(module, check, depth=depth, use_unwrap=use_unwrap)
         self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self._precision = None if dtype is None else LanePrecision(dtype, self._device)
         self._generators: LaneGenerators | None = LaneGenerators(self._device)
         self._is_intercepted = False
 
@@ -107,10 +109,9 @@ class GeneralProgram:
         x_FB, y_FB = batch.x, batch.y
         if batch.shared:  # as if each lane had its own: what a lane computes must not depend on its company
             x_FB, y_FB = _for_all(x_FB, batch.num_lanes), _for_all(y_FB, batch.num_lanes)
-        with lower_precision(self.dtype, self._device.type):
-            if batch.weights_FB is None:
-                return vmap(self._lane_loss)(parameters, buffers, x_FB, y_FB, lanes_F)
-            return vmap(self._weighted_loss)(parameters, buffers, x_FB, y_FB, lanes_F, batch.weights_FB)
+        if batch.weights_FB is None:
+            return vmap(self._lane_loss)(parameters, buffers, x_FB, y_FB, lanes_F)
+        return vmap(self._weighted_loss)(parameters, buffers, x_FB, y_FB, lanes_F, batch.weights_FB)
 
     def _lane_output(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x_B: Tree, lane: Tensor) -> Any:
         with lane_functions(lane, self._generators):
@@ -123,7 +124,7 @@ class GeneralProgram:
     def _lane_loss(
         self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x_B: Tree, y_B: Tree, lane: Tensor
     ) -> Tensor:
-        with lane_functions(lane, self._generators) as mode:
+        with lane_functions(lane, self._generators, self._precision) as mode:
             loss = check_scalar(self.loss(self._forward(parameters, buffers, x_B), y_B))
         self._is_intercepted |= mode is not None and mode.num_handled > 0
         return loss
@@ -138,7 +139,7 @@ class GeneralProgram:
         weights_B: Tensor,
     ) -> Tensor:
         """The loss sample by sample, so that padding can be left out. Exact where the loss is a mean over samples."""
-        with lane_functions(lane, self._generators) as mode:
+        with lane_functions(lane, self._generators, self._precision) as mode:
             output_B = self._forward(parameters, buffers, x_B)
 
             def of_sample(output: Any, y: Any) -> Tensor:
@@ -147,7 +148,7 @@ class GeneralProgram:
 
             losses_B: Tensor = vmap(of_sample)(output_B, y_B)
         self._is_intercepted |= mode is not None and mode.num_handled > 0
-        return (losses_B.where(weights_B > 0, 0) * weights_B).sum()
+        return (losses_B.where(weights_B > 0, 0) * weights_B.to(losses_B.dtype)).sum()
 
     def _seeded(self, seeds: tuple[int, ...]) -> Tensor:
         if self._generators is not None:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from hydro_trials.fusion.lower_precision import LanePrecision
 from hydro_trials.fusion.randomness import LaneGenerators, dropped
 
 _UNBATCHED_DIMS: dict[Callable[..., Any], int] = {F.dropout1d: 2, F.dropout3d: 4}
@@ -30,21 +31,28 @@ class LaneFunctions(TorchFunctionMode):
     Args:
         lane: This lane's row, a whole number as a tensor without dimensions; under vmap, all of them.
         generators: Seeded for this pass.
+        precision: What casts arguments, where the pass computes in lower precision.
     """
 
-    def __init__(self, lane: Tensor, generators: LaneGenerators) -> None:
+    def __init__(self, lane: Tensor, generators: LaneGenerators, precision: LanePrecision | None = None) -> None:
         super().__init__()
-        self._lane, self._generators = lane, generators
+        self._lane, self._generators, self.precision = lane, generators, precision
         self.num_handled = self.num_drawn = 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        return self.call(func, args, kwargs or {})
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call of the model means for a lane."""
         handler = _HANDLERS.get(func)
-        if handler is None:
-            return func(*args, **(kwargs or {}))
-        self.num_handled += 1
-        return handler(self, func, *args, **(kwargs or {}))
+        self.num_handled += handler is not None or self.precision is not None
+        given = args
+        if self.precision is not None:
+            args, kwargs = self.precision.cast(func, (args, kwargs))
+        result = func(*args, **kwargs) if handler is None else handler(self, func, *args, **kwargs)
+        return result if self.precision is None else self.precision.result(func, given, result)
 
     def draw(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """See `LaneGenerators.draw`."""
@@ -54,7 +62,12 @@ class LaneFunctions(TorchFunctionMode):
     def noise(self, shape: list[int], like: Tensor, keep: float) -> Tensor:
         """See `LaneGenerators.noise`."""
         self.num_drawn += 1
-        return self._generators.noise(self._lane, shape, like, keep)
+        if shape != list(like.shape):
+            return self._generators.noise(self._lane, shape, like, keep)
+        # torch fills a mask in the order in which the masked tensor lies in memory
+        order = sorted(range(like.dim()), key=lambda dim: like.stride()[dim], reverse=True)
+        noise = self._generators.noise(self._lane, [shape[dim] for dim in order], like, keep)
+        return noise.permute([order.index(dim) for dim in range(like.dim())])
 
 
 def _dropout(num_kept_dims: int | None, alpha: bool = False) -> Callable[..., Any]:
@@ -135,12 +148,29 @@ def _embedding(
     return torch.where(is_padding, rows.detach(), rows)
 
 
+def _lstm_cell(
+    mode: LaneFunctions,
+    func: Callable[..., Any],
+    x: Tensor,
+    state: tuple[Tensor, Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """By its formula: torch's own has no batching rule."""
+    gates = F.linear(x, w_ih, b_ih) + F.linear(state[0], w_hh, b_hh)
+    inside, forget, cell, out = gates.chunk(4, dim=-1)
+    new_cell = forget.sigmoid() * state[1] + inside.sigmoid() * cell.tanh()
+    return out.sigmoid() * new_cell.tanh(), new_cell
+
+
 def _composite(mode: LaneFunctions, func: Any, *args: Any, **kwargs: Any) -> Any:
     """A Python function of torch that draws by calling others: run its body with those others replaced."""
     replaced = {
         name: _bind(mode, value)
         for name, value in func.__globals__.items()
-        if callable(value) and _is_handled(value) and value is not func
+        if callable(value) and _is_handled(mode, value) and value is not func
     }
     names = {**func.__globals__, **replaced, "has_torch_function": _never, "has_torch_function_unary": _never}
     body = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
@@ -148,16 +178,16 @@ def _composite(mode: LaneFunctions, func: Any, *args: Any, **kwargs: Any) -> Any
     return body(*args, **kwargs)
 
 
-def _is_handled(value: Any) -> bool:
+def _is_handled(mode: LaneFunctions, value: Any) -> bool:
     try:
-        return value in _HANDLERS
+        return value in _HANDLERS or (mode.precision is not None and mode.precision.is_cast(value))
     except TypeError:  # not hashable
         return False
 
 
 def _bind(mode: LaneFunctions, func: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        return _HANDLERS[func](mode, func, *args, **kwargs)
+        return mode.call(func, args, kwargs)
 
     return call
 
@@ -207,6 +237,7 @@ _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.alpha_dropout: _dropout(None, alpha=True),
     F.feature_alpha_dropout: _dropout(2, alpha=True),
     F.embedding: _embedding,
+    torch.lstm_cell: _lstm_cell,
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _composite,
     **dict.fromkeys((torch.rand, torch.randn, torch.randint, torch.randperm, torch.bernoulli, torch.normal), _drawn),
@@ -218,11 +249,13 @@ _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 @contextmanager
-def lane_functions(lane: Tensor, generators: LaneGenerators | None) -> Iterator[LaneFunctions | None]:
+def lane_functions(
+    lane: Tensor, generators: LaneGenerators | None, precision: LanePrecision | None = None
+) -> Iterator[LaneFunctions | None]:
     """The mode, or nothing where there are no generators."""
     if generators is None:
         yield None
         return
-    mode = LaneFunctions(lane, generators)
+    mode = LaneFunctions(lane, generators, precision)
     with mode:
         yield mode

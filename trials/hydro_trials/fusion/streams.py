@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from hydro_trials.fusion.batch import LaneBatch, num_samples, take
 from hydro_trials.study import Data
@@ -71,7 +72,8 @@ def make_batch(data: Data, places: Sequence[LanePlace], microbatch: int, num_mic
     weights_FB = torch.nn.utils.rnn.pad_sequence(
         [torch.full((size,), 1.0 / size, dtype=torch.float64) for size in sizes], batch_first=True
     )
-    return LaneBatch(take(x_N, index_FB), take(y_N, index_FB), False, seeds, weights_FB)
+    device = tree_leaves(x_N)[0].device
+    return LaneBatch(take(x_N, index_FB), take(y_N, index_FB), False, seeds, weights_FB.to(device))
 
 
 def num_batches(data: Data, batch_size: int) -> int:
