@@ -61,7 +61,7 @@ def powers(largest: int) -> tuple[int, ...]:
 
 
 def plan(model: str, device: str, *, quick: bool) -> Plan:
-    """On a CPU, convolutional nets at S=8 only: at 1 they would take all the time there is."""
+    """On a CPU, convolutional nets at S=8 only: wider ones would take all the time there is."""
     if device == "cuda":
         largest = 256 if model in ("mlp", "resnet18") else 64
         lanes = tuple(sorted({*powers(largest), 100} if model == "resnet18" else powers(largest)))
@@ -113,6 +113,8 @@ def measure(model: str, scale: int, device: str, planned: Plan, end_s: float) ->
             break
         series.cells.append(cell)
     processes.close()
+    if not series.cells:
+        raise RuntimeError("; ".join(series.notes))
     return series
 
 
