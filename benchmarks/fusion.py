@@ -69,7 +69,7 @@ def plan(model: str, device: str, *, quick: bool) -> Plan:
     if model == "mlp":
         return Plan((1, 8), (1, 8, 64), 2.0, 6) if quick else Plan((1, 2, 4, 8), powers(64), 3.5, 12)
     if model == "gpt":
-        return Plan((8,), (1, 4), 5.0, 4) if quick else Plan((1, 2, 4, 8), powers(8), 15.0, 6)
+        return Plan((8,), (1, 4), 5.0, 4) if quick else Plan((1, 2, 4, 8), powers(8), 10.0, 6)
     return Plan((8,), (1, 4), 5.0, 4) if quick else Plan((8,), powers(8), 18.0, 8)
 
 
