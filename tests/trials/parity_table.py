@@ -102,9 +102,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         size, length, width = x.shape
-        q, k, v = (part.view(size, length, 2, 4).transpose(1, 2) for part in self.qkv(self.norm(x)).split(8, dim=2))
+        q, k, v = self.qkv(self.norm(x)).split(8, dim=2)
+        q, k, v = q.view(size, length, 2, 4), k.view(size, length, 2, 4), v.view(size, length, 2, 4)
         dropout_p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, dropout_p=dropout_p
+        )
         output: Tensor = x + self.out(y.transpose(1, 2).reshape(size, length, width))
         return output
 
