@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from hydro_slurm.errors import FusionError
+from hydro_trials.fusion.fast import FastProgram
 from hydro_trials.fusion.general import GeneralProgram
-from hydro_trials.fusion.program import GENERAL, SEPARATE, Check, Loss, Program
+from hydro_trials.fusion.program import FAST, GENERAL, SEPARATE, Check, Loss, Program
 from hydro_trials.fusion.separate import SeparateProgram
 
 
@@ -37,6 +38,8 @@ def make_program(
     """
     if kind == GENERAL:
         return GeneralProgram(new_module(), loss, check, dtype=dtype, depth=depth)
+    if kind == FAST:
+        return FastProgram(new_module(), loss, check, dtype=dtype, depth=depth)
     if kind == SEPARATE:
         return SeparateProgram(new_module(), loss, check, dtype=dtype, depth=depth)
-    raise FusionError(f"got program kind {kind!r}, needed one of {GENERAL}, {SEPARATE}")
+    raise FusionError(f"got program kind {kind!r}, needed one of {GENERAL}, {FAST}, {SEPARATE}")
