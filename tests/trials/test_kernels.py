@@ -66,15 +66,6 @@ def test_linear(between: tuple[int, ...], has_bias: bool) -> None:
     assert_same(kernels.linear, F.linear, x, w, draw(NUM_LANES, 5) if has_bias else None)
 
 
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_linear_of_a_shared_input_is_one_gemm(has_bias: bool) -> None:
-    def batched(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        return unfold(kernels.linear_of_shared(x, w, b))
-
-    bias = draw(NUM_LANES, 5) if has_bias else None
-    assert_same(batched, F.linear, draw(NUM_SAMPLES, 7), draw(NUM_LANES, 5, 7), bias, shared=(0,))
-
-
 def test_linear_refuses_another_number_of_lanes() -> None:
     with pytest.raises(FusionError, match="inputs carry 2 lanes but weights carry 3"):
         kernels.linear(draw(2, 4, 7), draw(3, 5, 7), None)

@@ -64,6 +64,11 @@ class FastProgram:
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self._own = {name: tensor.detach() for name, tensor in tensors.items() if names[name] == name}
 
+    @property
+    def draws(self) -> bool:
+        """Whether the model may draw random numbers in training."""
+        return self._training.draws
+
     def set_check(self, check: Check) -> None:
         """Have another gate asked at the boundaries."""
         self._check = check
@@ -83,10 +88,26 @@ class FastProgram:
         Raises:
             FusionError: The loss is no scalar.
         """
+        if self._training.draws or self._loss_draws:
+            self._generators.seed(batch.seeds)
         with lower_precision(self.dtype, self._device.type):
-            run = self._pass(self._training, parameters, buffers, batch.seeds)
+            run = self._pass(self._training, parameters, buffers, batch.num_lanes)
             output = self._forward(self._training, run, batch.x, SHARED if batch.shared else LANE_MAJOR)
             return self._losses_of(output, batch)
+
+    def undrawn_losses(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], x: Tree, y: Tree, shared: bool, num: int
+    ) -> Tensor:
+        """As `losses`, of `num` lanes, in a form that compiles: vmap refuses a loss that draws random numbers.
+
+        The model must not draw either; see `draws`.
+        """
+        with lower_precision(self.dtype, self._device.type):
+            run = self._pass(self._training, parameters, buffers, num)
+            output = self._forward(self._training, run, x, SHARED if shared else LANE_MAJOR)
+            of_lanes = vmap(lambda *own: check_scalar(self.loss(*own)), in_dims=(0, None if shared else 0))
+            losses_F: Tensor = of_lanes(output, y)
+        return losses_F
 
     @torch.no_grad()
     def outputs(
@@ -98,7 +119,9 @@ class FastProgram:
         seeds: tuple[int, ...],
     ) -> Tree:
         """See `Program`."""
-        run = self._pass(self._evaluation, parameters, buffers, seeds)
+        if self._evaluation.draws:
+            self._generators.seed(seeds)
+        run = self._pass(self._evaluation, parameters, buffers, len(seeds))
         parts = []
         for start in range(0, len(tree_leaves(x_N)[0]), chunk):
             x_B = tree_map(lambda leaf, start=start: leaf[start : start + chunk], x_N)
@@ -149,15 +172,13 @@ class FastProgram:
             _compare(f"buffer {name}", buffer, theirs[name], tolerance)
 
     def _pass(
-        self, graph: LaneGraph, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], seeds: tuple[int, ...]
+        self, graph: LaneGraph, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], num_lanes: int
     ) -> Pass:
-        if graph.draws or self._loss_draws:
-            self._generators.seed(seeds)
         state = {**parameters, **buffers}
         if len(state) < len(self._own):  # what is frozen is the module's own, for every lane
             for name, tensor in self._own.items():
-                state.setdefault(name, tensor.expand(len(seeds), *tensor.shape))
-        return Pass(state, len(seeds), self._generators, self._check, training=graph is self._training)
+                state.setdefault(name, tensor.expand(num_lanes, *tensor.shape))
+        return Pass(state, num_lanes, self._generators, self._check, training=graph is self._training)
 
     def _forward(self, graph: LaneGraph, run: Pass, x: Tree, layout: int) -> Tree:
         values = tree_map(lambda t: Value(t, layout, run.num_lanes) if isinstance(t, Tensor) else t, x)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,10 +21,8 @@ from hydro_trials.fusion.randomness import dropped
 
 
 def linear(run: Pass, input: Value, weight: Value, bias: Value | None = None) -> Value:  # noqa: A002
-    """F.linear. Of a shared input with one dimension of features it is one GEMM, and its result folded."""
+    """F.linear."""
     w_FOI, b_FO = weight.lanes(), None if bias is None else bias.lanes()
-    if input.layout == SHARED and input.rank == 2 and w_FOI.is_contiguous():
-        return run.fold(kernels.linear_of_shared(input.tensor, w_FOI, b_FO))
     if input.rank == 1:
         return run.major(kernels.linear(input.lanes().unsqueeze(1), w_FOI, b_FO).squeeze(1))
     return run.major(kernels.linear(input.lanes(), w_FOI, b_FO))
@@ -48,11 +45,11 @@ def _folded(value: Value) -> Tensor:
 
 def transposed_convolution(
     run: Pass,
-    input: Value,
+    input: Value,  # noqa: A002
     weight: Value,
     bias: Value | None = None,
     *args: Any,
-    **kwargs: Any,  # noqa: A002
+    **kwargs: Any,
 ) -> Value:
     """F.conv_transpose1d, 2d, 3d: stride, padding, output padding, groups, dilation follow."""
     names = ("stride", "padding", "output_padding", "groups", "dilation")
@@ -151,10 +148,7 @@ def rms_norm(
 
 
 def _normed(x: Value, weight: Value | None, bias: Value | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    if x.layout == SHARED and weight is not None:
-        x_F = x.tensor.unsqueeze(0)
-    else:
-        x_F = x.lanes()
+    x_F = x.tensor.unsqueeze(0) if x.layout == SHARED and weight is not None else x.lanes()
     return x_F, None if weight is None else weight.lanes(), None if bias is None else bias.lanes()
 
 

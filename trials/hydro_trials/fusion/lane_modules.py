@@ -16,8 +16,8 @@ from hydro_slurm.errors import FusionError
 from hydro_trials.fusion import kernels
 from hydro_trials.fusion import lane_layers as layers
 from hydro_trials.fusion import lane_ops as ops
-from hydro_trials.fusion.folding import Value
-from hydro_trials.fusion.lane_ops import Handler, Pass, elementwise, only_shared
+from hydro_trials.fusion.folding import SHARED, Value
+from hydro_trials.fusion.lane_ops import Handler, Pass, elementwise, only_shared, words
 
 Names = dict[str, str]
 """Of a module's own parameters and buffers: local name to the name in the pass's state."""
@@ -67,7 +67,7 @@ def _batch_norm(num_ranks: tuple[int, ...]) -> Maker:
                 if momentum is None:
                     momentum = 1.0 / num_F.double()
             tensors = [None if t is None else t.lanes() for t in (_value(run, names, name) for name in _MOMENTS)]
-            is_shared = x.layout == ops.SHARED
+            is_shared = x.layout == SHARED
             x_BC = Value(x.tensor, x.layout, x.num_lanes).folded() if is_shared else x.folded()
             return run.fold(
                 kernels.batch_norm(x_BC, *tensors, uses_batch=uses_batch, momentum=momentum, eps=module.eps)
@@ -133,17 +133,17 @@ def _pool(num_dims: int) -> Maker:
     return make
 
 
-def _by_itself(module: nn.Module, names: Names) -> Handler:
+def _by_itself(module: Any, names: Names) -> Handler:
     """An elementwise module without parameters or random draws."""
     if hasattr(module, "inplace"):
         module.inplace = False  # tracing has seen that nothing else looks at the input
     return elementwise(module.forward)
 
 
-_ELEMENTWISE = (
+_ELEMENTWISE = words(
     "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish ReLU ReLU6 SELU Sigmoid SiLU "
     "Softplus Softshrink Softsign Tanh Tanhshrink Threshold"
-).split()
+)
 _POOLS = ("MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool")
 
 MODULES: dict[type[nn.Module], Maker] = {

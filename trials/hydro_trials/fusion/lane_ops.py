@@ -180,8 +180,8 @@ def flatten(run: Pass, input: Value, start_dim: int = 0, end_dim: int = -1) -> V
 def unflatten(run: Pass, input: Value, dim: int, sizes: Any) -> Value:  # noqa: A002
     """Unflatten one dimension."""
     if input.layout == SHARED:
-        return Value(input.tensor.unflatten(dim, sizes), SHARED, input.num_lanes)
-    return run.major(input.lanes().unflatten(dim_of(input, dim), sizes))
+        return Value(torch.unflatten(input.tensor, dim, sizes), SHARED, input.num_lanes)
+    return run.major(torch.unflatten(input.lanes(), dim_of(input, dim), sizes))
 
 
 def transpose(run: Pass, x: Value, dim0: int, dim1: int) -> Value:
@@ -225,7 +225,7 @@ def concatenated(run: Pass, tensors: Any, dim: int = 0) -> Value:
     values = list(tensors)
     folds = all(value.layout == FOLDED for value in values)
     if folds and dim_of(values[0], dim) == 2:
-        split = [v.tensor.unflatten(1, (v.num_lanes, -1)) for v in values]
+        split = [value.lanes().transpose(0, 1) for value in values]
         return run.fold(torch.cat(split, 2).flatten(1, 2))
     return run.major(torch.cat([value.lanes() for value in values], dim_of(values[0], dim)))
 
@@ -305,3 +305,8 @@ def created(function: Callable[..., Tensor]) -> Handler:
         return Value(function(*args, **kwargs), SHARED, run.num_lanes)
 
     return call
+
+
+def words(text: str) -> list[str]:
+    """Names in a row."""
+    return text.split()

@@ -18,26 +18,26 @@ from hydro_slurm.errors import FusionError
 from hydro_trials.fusion import lane_layers as layers
 from hydro_trials.fusion import lane_ops as ops
 from hydro_trials.fusion.folding import Value
-from hydro_trials.fusion.lane_ops import Handler, Pass, by_vmap, elementwise, only_shared
+from hydro_trials.fusion.lane_ops import Handler, Pass, by_vmap, elementwise, only_shared, words
 
-_UNARY = (
+_UNARY = words(
     "abs acos asin atan bitwise_not ceil clamp cos cosh erf exp expm1 floor isfinite isinf isnan log log10 log1p log2 "
     "logical_not logit nan_to_num neg reciprocal relu round rsqrt sigmoid sign sin sinh sqrt square tan tanh"
-).split()
-_BINARY = (
-    "add atan2 div eq floor_divide fmod ge gt le logical_and logical_or logical_xor lt masked_fill maximum minimum mul ne "
-    "pow remainder sub true_divide where"
-).split()
-_ACTIVATIONS = (
+)
+_BINARY = words(
+    "add atan2 div eq floor_divide fmod ge gt le logical_and logical_or logical_xor lt masked_fill maximum minimum mul "
+    "ne pow remainder sub true_divide where"
+)
+_ACTIVATIONS = words(
     "celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu relu6 selu sigmoid silu "
     "softplus softshrink softsign tanh tanhshrink threshold"
-).split()
-_OPERATORS = "add and_ eq floordiv ge gt invert le lt mod mul ne neg or_ pow sub truediv xor".split()
+)
+_OPERATORS = words("add and_ eq floordiv ge gt invert le lt mod mul ne neg or_ pow sub truediv xor")
 _IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ipow")
-_BY_VMAP = (
+_BY_VMAP = words(
     "argmax argmin cumprod cumsum diagonal einsum flip gather index_select logsumexp max min movedim narrow norm outer "
     "prod repeat_interleave roll select std swapaxes tile topk tril triu var"
-).split()
+)
 _METHODS_BY_VMAP = [name for name in _BY_VMAP if name not in ("einsum", "tile")] + ["repeat", "tile"]
 _POOLS = {
     f"{kind}{dims}d": dims

@@ -91,7 +91,7 @@ class LaneGraph:
         name = self._names.get(target)
         if name is not None:
             return _named(lambda run: run.value(name))
-        constant = self._module
+        constant: Any = self._module
         for part in target.split("."):
             constant = getattr(constant, part)
         if not isinstance(constant, Tensor):
@@ -161,7 +161,7 @@ class _Tracer(fx.Tracer):
         _check_hooks(m, name)
         if self.is_leaf_module(m, name):
             for hook in m._forward_pre_hooks.values():
-                args = hook(m, args)  # type: ignore[assignment]
+                args = hook(m, args)
         output = super().call_module(m, forward, args, kwargs)
         output = self.bounded(m, output)
         self._path.pop()
