@@ -82,8 +82,8 @@ def pad(run: Pass, input: Value, pad: Any, mode: str = "constant", value: float 
     return run.fold(F.pad(input.folded(), pad, mode, value))
 
 
-def dropout(num_kept_dims: int | None = None, *, alpha: bool = False) -> Handler:
-    """Dropout; with `num_kept_dims`, whole channels drop."""
+def dropout(num_kept_dims: int | None = None, *, alpha: bool = False, unbatched: int = 2) -> Handler:
+    """Dropout; with `num_kept_dims`, whole channels drop, of inputs with more dimensions than `unbatched`."""
 
     def call(run: Pass, input: Value, p: float = 0.5, training: bool = True, inplace: bool = False) -> Value:  # noqa: A002
         if not training or p == 0 or input.tensor.numel() == 0:
@@ -93,7 +93,7 @@ def dropout(num_kept_dims: int | None = None, *, alpha: bool = False) -> Handler
             return run.major(x_F * 0.0)
         shape = list(input.shape)
         if num_kept_dims is not None:
-            if len(shape) < 3:
+            if len(shape) <= 2 or len(shape) == unbatched:
                 raise FusionError(f"dropout of channels on a lane's tensor with {len(shape)} dimensions")
             shape = shape[:num_kept_dims] + [1] * (len(shape) - num_kept_dims)
         return run.major(dropped(x_F, run.noise(shape, x_F, 1 - p), p, alpha=alpha))

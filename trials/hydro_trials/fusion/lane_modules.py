@@ -5,6 +5,7 @@ Shape suffixes: F = lanes, C = channels of one lane.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -135,7 +136,8 @@ def _pool(num_dims: int) -> Maker:
 
 def _by_itself(module: Any, names: Names) -> Handler:
     """An elementwise module without parameters or random draws."""
-    if hasattr(module, "inplace"):
+    if getattr(module, "inplace", False):
+        module = copy.copy(module)
         module.inplace = False  # tracing has seen that nothing else looks at the input
     return elementwise(module.forward)
 
@@ -160,7 +162,8 @@ MODULES: dict[type[nn.Module], Maker] = {
     nn.PReLU: _prelu,
     nn.Identity: _same,
     nn.Dropout: _dropout(layers.dropout()),
-    **dict.fromkeys((nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), _dropout(layers.dropout(2))),
+    **dict.fromkeys((nn.Dropout1d, nn.Dropout2d), _dropout(layers.dropout(2))),
+    nn.Dropout3d: _dropout(layers.dropout(2, unbatched=4)),
     nn.AlphaDropout: _dropout(layers.dropout(alpha=True)),
     nn.FeatureAlphaDropout: _dropout(layers.dropout(2, alpha=True)),
     nn.Flatten: lambda module, names: lambda run, x: ops.flatten(run, x, module.start_dim, module.end_dim),

@@ -130,6 +130,8 @@ def elementwise(function: Callable[..., Any]) -> Handler:
 def reduction(function: Callable[..., Tensor]) -> Handler:
     def call(run: Pass, x: Value, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Value:
         x_F = x.lanes()
+        if (dim is None or dim == ()) and keepdim:
+            dim = range(x.rank)
         if dim is None or dim == ():
             return run.major(function(x_F.flatten(1) if x_F.dim() > 1 else x_F.unsqueeze(1), 1, **kwargs))
         dims = [dim_of(x, d) for d in ((dim,) if isinstance(dim, int) else dim)]
@@ -247,7 +249,7 @@ def getitem(run: Pass, container: Any, index: Any) -> Any:
     tensors = [part for part in parts if type(part) is Value]
     if any(value.tensor.dtype in (torch.bool, torch.uint8) for value in tensors):
         raise FusionError("indexing by a mask gives each lane another shape; use torch.where")
-    if tensors:
+    if tensors or (len(parts) > 1 and any(isinstance(part, list) for part in parts)):
         return only_shared(_item, by_vmap(_item))(run, container, index)
     if container.layout == SHARED:
         return Value(container.tensor[index], SHARED, container.num_lanes)

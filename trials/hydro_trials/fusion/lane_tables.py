@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from hydro_slurm.errors import FusionError
@@ -162,7 +162,7 @@ FUNCTIONS: dict[Callable[..., Any], Handler] = {
     torch.dropout: layers.dropout(),
     F.dropout1d: layers.dropout(2),
     F.dropout2d: layers.dropout(2),
-    F.dropout3d: layers.dropout(2),
+    F.dropout3d: layers.dropout(2, unbatched=4),
     F.alpha_dropout: layers.dropout(alpha=True),
     F.feature_alpha_dropout: layers.dropout(2, alpha=True),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), layers.convolution),
@@ -207,6 +207,13 @@ FRESH_FUNCTIONS = {
     *(F.linear, F.conv1d, F.conv2d, F.conv3d, F.layer_norm, F.rms_norm, F.group_norm, F.embedding),
 }
 """Functions whose result never shares memory with an argument."""
+
+
+def reads_shape(node: fx.Node) -> bool:
+    """Whether a call looks at its argument's shape, type or place alone."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    return node.target is getattr and node.args[1] not in ("T", "mT")
 
 
 def is_in_place(target: Any, kwargs: dict[str, Any]) -> bool:

@@ -15,7 +15,15 @@ from hydro_trials.fusion import sites
 from hydro_trials.fusion.folding import SHARED, Value
 from hydro_trials.fusion.lane_modules import ALIASING_MODULES, DRAWING_MODULES, MODULES
 from hydro_trials.fusion.lane_ops import Pass
-from hydro_trials.fusion.lane_tables import ATTRIBUTES, DRAWS, FRESH_FUNCTIONS, FUNCTIONS, METHODS, is_in_place
+from hydro_trials.fusion.lane_tables import (
+    ATTRIBUTES,
+    DRAWS,
+    FRESH_FUNCTIONS,
+    FUNCTIONS,
+    METHODS,
+    is_in_place,
+    reads_shape,
+)
 from hydro_trials.surrogate.surrogate import _ScaleInput
 
 _RUN = "lane_pass"
@@ -74,7 +82,6 @@ class LaneGraph:
             return self._module_handler(node)
         if node.op == "call_method":
             handler = METHODS.get(str(node.target))
-            self.draws |= str(node.target) in ("bernoulli",)
         else:
             assert callable(node.target)
             if isinstance(node.target, partial):  # a boundary
@@ -118,11 +125,11 @@ class LaneGraph:
         is_writing = node.op != "get_attr" and is_in_place(node.target, node.kwargs)
         if node.op == "call_module":
             is_writing = bool(getattr(self._module.get_submodule(str(node.target)), "inplace", False))
-        if is_writing and not self._is_sole_use(node.all_input_nodes[0], node):
+        if is_writing and not (node.all_input_nodes and self._is_sole_use(node.all_input_nodes[0], node)):
             raise FusionError(f"the fast path cannot run {_describe(node)}: it changes in place what is used elsewhere")
 
     def _is_sole_use(self, source: fx.Node, user: fx.Node) -> bool:
-        if source.op in ("placeholder", "get_attr") or list(source.users) != [user]:
+        if source.op in ("placeholder", "get_attr") or [n for n in source.users if not reads_shape(n)] != [user]:
             return False
         is_fresh = source.op == "call_function" and source.target in FRESH_FUNCTIONS
         if source.op == "call_module":
