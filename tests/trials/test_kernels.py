@@ -238,6 +238,16 @@ def test_attention(mask: str | None, heads: tuple[int, ...]) -> None:
     assert_same(by_formula, of_lane, q, k, v)
 
 
+@pytest.mark.parametrize("positions", [(), (2, 3)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_cross_entropy(shared: bool, positions: tuple[int, ...]) -> None:
+    y = torch.randint(0, 5, (1 if shared else NUM_LANES, NUM_SAMPLES, *positions))
+    y[0, 1] = -100  # left out of the mean
+    every = y.expand(NUM_LANES, *y.shape[1:])
+    logits = draw(NUM_LANES, NUM_SAMPLES, 5, *positions)
+    assert_same(lambda x, _: kernels.cross_entropy(x, y), F.cross_entropy, logits, every)
+
+
 @pytest.mark.parametrize("layouts", [(a, b) for a in range(3) for b in range(3)], ids=str)
 @pytest.mark.parametrize("shape", [(NUM_SAMPLES, 6, 5), (1, 6, 1), (NUM_SAMPLES, 1, 5), (6, 1), (5,), ()], ids=str)
 def test_values_of_any_layouts_broadcast_as_lanes_do(layouts: tuple[int, int], shape: tuple[int, ...]) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn, vmap
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hydro_slurm.errors import FusionError
-from hydro_trials.fusion import sites
+from hydro_trials.fusion import kernels, sites
 from hydro_trials.fusion.batch import LaneBatch, Tree, call_model, concatenate
 from hydro_trials.fusion.folding import LANE_MAJOR, SHARED, Value
 from hydro_trials.fusion.intercept import lane_functions
@@ -59,7 +60,7 @@ class FastProgram:
         self._evaluation = LaneGraph(module.eval(), boundaries)
         self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._generators = LaneGenerators(self._device)
-        self._loss_draws = True
+        self._loss_draws = loss is not F.cross_entropy
         names = state_names(module)
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self._own = {name: tensor.detach() for name, tensor in tensors.items() if names[name] == name}
@@ -182,10 +183,12 @@ class FastProgram:
 
     def _forward(self, graph: LaneGraph, run: Pass, x: Tree, layout: int) -> Tree:
         values = tree_map(lambda t: Value(t, layout, run.num_lanes) if isinstance(t, Tensor) else t, x)
-        output = call_model(lambda *args, **kwargs: graph.run(run, *args, **kwargs), values)
+        output = call_model(lambda *args, **kwargs: graph.run.forward(run, *args, **kwargs), values)
         return tree_map(lambda t: t.lanes() if type(t) is Value else t, output)
 
     def _losses_of(self, output: Tree, batch: LaneBatch) -> Tensor:
+        if self.loss is F.cross_entropy and batch.weights_FB is None and _are_classes(output, batch.y):
+            return kernels.cross_entropy(output, batch.y.unsqueeze(0) if batch.shared else batch.y)
         lanes_F = torch.arange(batch.num_lanes, device=self._device)
         samples = None if batch.shared else 0
         if batch.weights_FB is None:
@@ -211,6 +214,10 @@ class FastProgram:
             losses_B: Tensor = vmap(of_sample)(output_B, y_B)
         self._loss_draws = mode is not None and mode.num_handled > 0
         return (losses_B.where(weights_B > 0, 0) * weights_B).sum()
+
+
+def _are_classes(output: Tree, y: Tree) -> bool:
+    return isinstance(output, Tensor) and isinstance(y, Tensor) and not y.is_floating_point() and output.dim() > 2
 
 
 def _copied(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -275,5 +275,21 @@ def attention_weights(
     return torch.softmax(scores, dim=-1)
 
 
+def cross_entropy(logits_FBK: Tensor, y_FB: Tensor) -> Tensor:
+    """F.cross_entropy of each lane: the mean over targets that are not -100.
+
+    Args:
+        logits_FBK: Shape (F, B, K, ...).
+        y_FB: Classes (F, B, ...), or (1, B, ...) where all lanes share them.
+
+    Returns:
+        Shape (F,).
+    """
+    num_lanes = logits_FBK.shape[0]
+    every_FB = y_FB.expand(num_lanes, *y_FB.shape[1:])
+    losses = F.cross_entropy(logits_FBK.flatten(0, 1), every_FB.flatten(0, 1), reduction="none")
+    return losses.view(num_lanes, -1).sum(1) / (y_FB != -100).flatten(1).sum(1)
+
+
 def _flat(t_FC: Tensor | None) -> Tensor | None:
     return None if t_FC is None else t_FC.reshape(-1)
