@@ -22,15 +22,7 @@ from hydro_trials.fusion.batch import LaneBatch, Tree, call_model, concatenate
 from hydro_trials.fusion.folding import LANE_MAJOR, SHARED, Value
 from hydro_trials.fusion.intercept import lane_functions
 from hydro_trials.fusion.lane_ops import Pass
-from hydro_trials.fusion.program import (
-    FAST,
-    Check,
-    Loss,
-    Program,
-    boundary_modules,
-    check_scalar,
-    lower_precision,
-)
+from hydro_trials.fusion.program import FAST, Check, Loss, Program, boundary_modules, check_scalar, lower_precision
 from hydro_trials.fusion.randomness import LaneGenerators
 from hydro_trials.fusion.tracing import LaneGraph, state_names
 
@@ -149,8 +141,8 @@ class FastProgram:
                 of all gradients of its lane, because some are rounding noise around zero.
 
         Raises:
-            FusionError: Losses, gradients, buffers or outputs differ by more, or the fast path fails where the
-                reference does not: says where.
+            FusionError: Losses, gradients or buffers differ by more, or the fast path fails where the reference does
+                not: says which, or why.
         """
         own, theirs = _copied(buffers), _copied(buffers)
         expected_losses_F, expected = reference.gradients(parameters, theirs, batch)
