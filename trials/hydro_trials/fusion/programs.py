@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from hydro_slurm.errors import FusionError
+from hydro_trials.fusion.compiled import CompiledProgram
+from hydro_trials.fusion.fast import FastProgram
 from hydro_trials.fusion.general import GeneralProgram
-from hydro_trials.fusion.program import GENERAL, SEPARATE, Check, Loss, Program
+from hydro_trials.fusion.program import COMPILED, FAST, GENERAL, SEPARATE, Check, Loss, Program
 from hydro_trials.fusion.separate import SeparateProgram
 
 
@@ -30,13 +32,18 @@ def make_program(
         loss: The study's loss.
         check: Asked at the boundaries.
         dtype: What to compute in, if not in the parameters' own type.
-        depth: How deep into the module tree boundaries lie; None for all.
+        depth: How deep into the module tree boundaries lie; None for all; a
+            compiled program has none.
 
     Raises:
         FusionError: No such kind, or the model cannot be run that way.
     """
     if kind == GENERAL:
         return GeneralProgram(new_module(), loss, check, dtype=dtype, depth=depth)
+    if kind == FAST:
+        return FastProgram(new_module(), loss, check, dtype=dtype, depth=depth)
+    if kind == COMPILED:
+        return CompiledProgram(new_module(), loss, check, dtype=dtype)
     if kind == SEPARATE:
         return SeparateProgram(new_module(), loss, check, dtype=dtype, depth=depth)
-    raise FusionError(f"got program kind {kind!r}, needed one of {GENERAL}, {SEPARATE}")
+    raise FusionError(f"got program kind {kind!r}, needed one of {GENERAL}, {FAST}, {COMPILED}, {SEPARATE}")
