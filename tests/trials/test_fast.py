@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hydro_slurm.errors import FusionError
 from hydro_trials.fusion import sites
+from hydro_trials.fusion.agreement import check_agreement
 from hydro_trials.fusion.batch import LaneBatch
 from hydro_trials.fusion.fast import FastProgram
 from hydro_trials.fusion.general import GeneralProgram
@@ -525,11 +526,11 @@ def test_a_program_proves_itself(name: str) -> None:
     before = cloned(buffers)
     batch = make_batch(case, shared=False)
     fast, general = make(FastProgram, case), make(GeneralProgram, case)
-    fast.agrees(general, parameters, buffers, batch, 1e-10)
+    check_agreement(fast, general, parameters, buffers, batch, 1e-10)
     assert_close(buffers, before, 0)
     wrong = make(FastProgram, Case(case.build, case.x, lambda output, y: F.cross_entropy(output, y) * 1.001))
     with pytest.raises(FusionError, match=r"losses differ by 0\.001 of the largest value, needed at most 1e-10"):
-        wrong.agrees(general, parameters, buffers, batch, 1e-10)
+        check_agreement(wrong, general, parameters, buffers, batch, 1e-10)
 
 
 def test_a_program_that_fails_does_not_agree() -> None:
@@ -538,7 +539,7 @@ def test_a_program_that_fails_does_not_agree() -> None:
     torch.manual_seed(0)
     with pytest.raises(FusionError, match=r"fails where the general one does not: .*dimension -3"):
         general = make(GeneralProgram, Case(lambda: nn.Sequential(nn.Linear(12, 5)), other.x))
-        make(FastProgram, case).agrees(general, *stack(case), make_batch(case, shared=True), 1e-9)
+        check_agreement(make(FastProgram, case), general, *stack(case), make_batch(case, shared=True), 1e-9)
 
 
 def test_programs_are_made_by_kind() -> None:

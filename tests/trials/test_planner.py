@@ -152,7 +152,7 @@ class Slow(nn.Module):
         import time
 
         until = time.thread_time() + self.ms / 1e3
-        while time.thread_time() < until:
+        while x.shape[0] and time.thread_time() < until:  # looks at the shape, so that no trace leaves the loop out
             pass
         return x * self.scale
 

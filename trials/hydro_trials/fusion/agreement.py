@@ -1,4 +1,4 @@
-"""Whether two ways of running lanes give the same numbers."""
+"""Whether a way of running lanes gives the numbers of the general path: it is not used before it has shown that."""
 
 from __future__ import annotations
 
@@ -8,32 +8,78 @@ import torch
 from torch import Tensor
 
 from hydro_slurm.errors import FusionError
+from hydro_trials.fusion.batch import LaneBatch
+from hydro_trials.fusion.program import Program
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-3}
-"""Largest difference between two ways, relative to the largest value of a tensor."""
-BF16_TOLERANCE = 0.1
-NOISE = 1e-4
-"""Tensors this much smaller than the largest of all are judged by that one: what is zero but for rounding."""
+"""Largest difference that rounding explains, as a share of the largest value."""
+BF16_TOLERANCE = 0.15
 
 
-def check_agreement(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], kind: str, *, bf16: bool) -> None:
-    """Compare named tensors.
+def tolerance_of(dtype: torch.dtype, *, lower: bool) -> float:
+    """What to allow parameters of this type; `lower` where forward and backward compute in bf16."""
+    return BF16_TOLERANCE if lower else TOLERANCES.get(dtype, BF16_TOLERANCE)
+
+
+def check_agreement(
+    program: Program,
+    reference: Program,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    batch: LaneBatch,
+    tolerance: float,
+) -> None:
+    """Compare two programs on one batch. Changes nothing.
+
+    Args:
+        program: What is to show itself.
+        reference: The general program of the same model.
+        parameters: As for `Program.gradients`.
+        buffers: Likewise; copies are used.
+        batch: Likewise.
+        tolerance: Largest difference allowed, relative to a tensor's largest value; of a gradient, to the largest of
+            all gradients of its lane, because some are rounding noise around zero.
 
     Raises:
-        FusionError: One of them differs by more than rounding explains.
+        FusionError: Losses, gradients or buffers differ by more, or the program fails where the reference does not:
+            says which, or why.
     """
-    floors = [tensor.abs().max() for name, tensor in expected.items() if "gradient" in name and tensor.numel()]
-    floor = NOISE * float(torch.stack(floors).max()) if floors else 0.0
-    for name, wanted in expected.items():
-        if not wanted.is_floating_point():
-            if not torch.equal(wanted, found[name]):
-                raise FusionError(f"the {kind} path gives another {name} than the general path; it is not used")
-            continue
-        tolerance = BF16_TOLERANCE if bf16 else TOLERANCES.get(wanted.dtype, BF16_TOLERANCE)
-        scale = max(float(wanted.abs().max()), floor if "gradient" in name else 0.0) if wanted.numel() else 0.0
-        distance = float((wanted - found[name]).abs().max()) if wanted.numel() else 0.0
-        if not distance <= tolerance * scale and not (distance == 0 == scale):
-            raise FusionError(
-                f"the {kind} path differs from the general path in {name} by {distance:.1e} at a largest value of "
-                f"{scale:.1e}; it is not used"
-            )
+    own, theirs = _copied(buffers), _copied(buffers)
+    expected_losses_F, expected = reference.gradients(parameters, theirs, batch)
+    path = f"the {program.kind} path"
+    try:
+        losses_F, gradients = program.gradients(parameters, own, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FusionError(f"{path} fails where the general one does not: {reason}") from error
+    _compare(path, "losses", losses_F, expected_losses_F, tolerance)
+    largest = [g.detach().abs().reshape(batch.num_lanes, -1).amax(1) for g in expected if g.numel()]
+    scale_F = torch.stack(largest).amax(0)
+    for name, gradient, other in zip(parameters, gradients, expected, strict=True):
+        _compare(path, f"gradients of {name}", gradient, other, tolerance, scale_F)
+    for name, buffer in own.items():
+        _compare(path, f"buffer {name}", buffer, theirs[name], tolerance)
+
+
+def _copied(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in buffers.items()}
+
+
+def _compare(path: str, what: str, own: Tensor, other: Tensor, tolerance: float, scale_F: Tensor | None = None) -> None:
+    if own.shape != other.shape or own.dtype != other.dtype:
+        raise FusionError(
+            f"{path} disagrees with the general one: {what} are {own.dtype} {tuple(own.shape)}, "
+            f"needed {other.dtype} {tuple(other.shape)}"
+        )
+    if own.numel() == 0:
+        return
+    own_F, other_F = (t.detach().double().reshape(t.shape[0], -1) for t in (own, other))
+    largest_F = other_F.abs().amax(1) if scale_F is None else scale_F.double()
+    error = float(((own_F - other_F).abs().amax(1) / largest_F.clamp(min=1e-30)).max())
+    if not error <= tolerance:
+        raise FusionError(
+            f"{path} disagrees with the general one: {what} differ by {error:.2g} of the largest value, "
+            f"needed at most {tolerance:g}"
+        )

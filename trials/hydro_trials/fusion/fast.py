@@ -1,6 +1,6 @@
 """The fast path: lanes by batched kernels instead of vmap, for models that torch.fx can trace.
 
-What it cannot prove to mean the same it refuses when it is made, and `FastProgram.agrees` compares it with the general
+What it cannot prove to mean the same it refuses when it is made, and `agreement` compares it with the general
 path on one batch before it is used.
 
 Shape suffixes: F = lanes, B = samples per lane, N = samples.
@@ -16,13 +16,12 @@ from torch import Tensor, nn, vmap
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hydro_slurm.errors import FusionError
 from hydro_trials.fusion import kernels, sites
 from hydro_trials.fusion.batch import LaneBatch, Tree, call_model, concatenate
 from hydro_trials.fusion.folding import LANE_MAJOR, SHARED, Value
 from hydro_trials.fusion.intercept import lane_functions
 from hydro_trials.fusion.lane_ops import Pass
-from hydro_trials.fusion.program import FAST, Check, Loss, Program, boundary_modules, check_scalar, lower_precision
+from hydro_trials.fusion.program import FAST, Check, Loss, boundary_modules, check_scalar, lower_precision
 from hydro_trials.fusion.randomness import LaneGenerators
 from hydro_trials.fusion.tracing import LaneGraph, state_names
 
@@ -122,48 +121,6 @@ class FastProgram:
             parts.append(self._forward(self._evaluation, run, x_B, SHARED))
         return concatenate(parts, dim=1)
 
-    def agrees(
-        self,
-        reference: Program,
-        parameters: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        batch: LaneBatch,
-        tolerance: float,
-    ) -> None:
-        """Prove the program on one batch. Changes nothing.
-
-        Args:
-            reference: The general program of the same model.
-            parameters: As for `gradients`.
-            buffers: Likewise; copies are used.
-            batch: Likewise.
-            tolerance: Largest difference allowed, relative to a tensor's largest value; of a gradient, to the largest
-                of all gradients of its lane, because some are rounding noise around zero.
-
-        Raises:
-            FusionError: Losses, gradients or buffers differ by more, or the fast path fails where the reference does
-                not: says which, or why.
-        """
-        own, theirs = _copied(buffers), _copied(buffers)
-        expected_losses_F, expected = reference.gradients(parameters, theirs, batch)
-        check, self._check = self._check, _no_check
-        try:
-            losses_F, gradients = self.gradients(parameters, own, batch)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise FusionError(f"the fast path fails where the general one does not: {reason}") from error
-        finally:
-            self._check = check
-        _compare("losses", losses_F, expected_losses_F, tolerance)
-        num_lanes = len(batch.seeds)
-        scale_F = torch.stack([g.detach().abs().reshape(num_lanes, -1).amax(1) for g in expected if g.numel()]).amax(0)
-        for name, gradient, other in zip(parameters, gradients, expected, strict=True):
-            _compare(f"gradients of {name}", gradient, other, tolerance, scale_F)
-        for name, buffer in own.items():
-            _compare(f"buffer {name}", buffer, theirs[name], tolerance)
-
     def _pass(
         self, graph: LaneGraph, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], num_lanes: int
     ) -> Pass:
@@ -182,6 +139,8 @@ class FastProgram:
         if self.loss is F.cross_entropy and batch.weights_FB is None and _are_classes(output, batch.y):
             return kernels.cross_entropy(output, batch.y.unsqueeze(0) if batch.shared else batch.y)
         lanes_F = torch.arange(batch.num_lanes, device=self._device)
+        if self._loss_draws:  # what a loss draws like its output follows that tensor's order in memory
+            output = tree_map(lambda t: t.contiguous() if isinstance(t, Tensor) else t, output)
         samples = None if batch.shared else 0
         if batch.weights_FB is None:
             losses_F: Tensor = vmap(self._lane_loss, in_dims=(0, samples, 0))(output, batch.y, lanes_F)
@@ -205,34 +164,8 @@ class FastProgram:
         with lane_functions(lane, self._generators if self._loss_draws else None) as mode:
             losses_B: Tensor = vmap(of_sample)(output_B, y_B)
         self._loss_draws = mode is not None and mode.num_handled > 0
-        return (losses_B.where(weights_B > 0, 0) * weights_B).sum()
+        return (losses_B.where(weights_B > 0, 0) * weights_B.to(losses_B.dtype)).sum()
 
 
 def _are_classes(output: Tree, y: Tree) -> bool:
     return isinstance(output, Tensor) and isinstance(y, Tensor) and not y.is_floating_point() and output.dim() > 2
-
-
-def _copied(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in buffers.items()}
-
-
-def _no_check(site: int) -> None:
-    """The gate of who is alone."""
-
-
-def _compare(what: str, own: Tensor, other: Tensor, tolerance: float, scale_F: Tensor | None = None) -> None:
-    if own.shape != other.shape or own.dtype != other.dtype:
-        raise FusionError(
-            f"the fast path disagrees with the general one: {what} are {own.dtype} {tuple(own.shape)}, "
-            f"needed {other.dtype} {tuple(other.shape)}"
-        )
-    if own.numel() == 0:
-        return
-    own_F, other_F = (t.detach().double().reshape(t.shape[0], -1) for t in (own, other))
-    largest_F = other_F.abs().amax(1) if scale_F is None else scale_F.double()
-    error = float(((own_F - other_F).abs().amax(1) / largest_F.clamp(min=1e-30)).max())
-    if not error <= tolerance:
-        raise FusionError(
-            f"the fast path disagrees with the general one: {what} differ by {error:.2g} of the largest value, "
-            f"needed at most {tolerance:g}"
-        )

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_map
 
 from hydro_slurm.errors import FusionError
 from hydro_trials.fusion import sites
-from hydro_trials.fusion.agreement import check_agreement
+from hydro_trials.fusion.agreement import check_agreement, tolerance_of
 from hydro_trials.fusion.batch import num_samples
+from hydro_trials.fusion.fast import FastProgram
 from hydro_trials.fusion.general import GeneralProgram
 from hydro_trials.fusion.lanes import Lane, LaneStack, LaneState
 from hydro_trials.fusion.layout import FlatLayout
@@ -115,14 +116,11 @@ class FusedTrainer:
         """
         places = [lane.place for lane in self.lanes]
         batch = make_batch(self.data, places, 0, self.study.accumulate)
-        found = []
-        for each in (GENERAL, kind):
-            self.use(each)
-            buffers = {name: tensor.clone() for name, tensor in self._stack.buffers.items()}
-            losses_F, gradients = self.program.gradients(self._parameters, buffers, batch)
-            named = dict(zip((f"the gradient of {name}" for name in self._parameters), gradients, strict=True))
-            found.append({"the loss": losses_F, **named, **buffers})
-        check_agreement(found[0], found[1], kind, bf16=self.study.precision != "full")
+        self.use(GENERAL)
+        reference = self.program
+        self.use(kind)
+        tolerance = tolerance_of(self.layout.dtype, lower=self.study.precision != "full")
+        check_agreement(self.program, reference, self._parameters, self._stack.buffers, batch, tolerance)
 
     def new_module(self) -> nn.Module:
         """A module of the lanes' structure, for a program; its parameters mean nothing."""
@@ -341,7 +339,7 @@ class FusedTrainer:
             losses_F = new_losses_F if losses_F is None else losses_F + new_losses_F
             grad_FP = new_grad_FP if grad_FP is None else grad_FP.add_(new_grad_FP)
         assert losses_F is not None and grad_FP is not None
-        if not self._checked_readouts and isinstance(self.program, (GeneralProgram, SeparateProgram)):
+        if not self._checked_readouts and isinstance(self.program, (GeneralProgram, FastProgram, SeparateProgram)):
             check_readouts(self.surrogate, self.program.module)
             self._checked_readouts = True
         return (losses_F / num, grad_FP.div_(num), buffers) if num > 1 else (losses_F, grad_FP, buffers)
