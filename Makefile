@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-builtin-rules
 
-# Settings: ARGS (for `hydro demo`), PYTEST_ARGS, BENCH (one benchmark), PYTHON (makes the virtual environment).
+# Settings: ARGS (for `hydro demo`), PYTEST_ARGS, BENCH (one benchmark), QUICK=1 (shorter benchmarks), PYTHON (makes the virtual environment).
 ARGS ?=
 PYTEST_ARGS ?=
 BENCH ?=

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from harness import Claim, bootstrap_ci, claim
 
 from hydro_trials.fusion.program import COMPILED, FAST, GENERAL, SEPARATE
+from hydro_trials.planner import knee
 
 PLAIN, AGAIN, PROCESSES, TARGET = "plain", "separate again", "processes", "target"
 """One trial with torch.optim; a second, independent series of separate steps; trials with torch.optim in many
 processes; one plain trial of the unscaled model."""
 FUSED_KINDS = (GENERAL, FAST, COMPILED)
-KNEE = 0.95
 MIB = 2**20
 
 
@@ -35,9 +35,8 @@ class Point:
 
 
 def choose(points: Sequence[Point]) -> Point:
-    """The smallest F with at least 95 % of the best speed, and what is fastest there."""
-    enough = KNEE * max(point.lane_steps_per_s for point in points)
-    lanes = min(point.lanes for point in points if point.lane_steps_per_s >= enough)
+    """The planner's choice: F at the knee, and what is fastest there."""
+    lanes = knee(points)
     return max((point for point in points if point.lanes == lanes), key=lambda point: point.lane_steps_per_s)
 
 

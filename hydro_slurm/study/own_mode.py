@@ -115,6 +115,7 @@ class OwnModeBackend:
             lanes=tuple(lanes),
             rungs=description.rungs if launch.purpose == "search" else description.rungs[-1:],
             slot=self._bundle_slot(launch.slot_id),
+            memory_cap_bytes=None if launch.slot_id == "own" else settings.bundle_mem_mib << 20,
             checkpoint_every_s=settings.checkpoint_every_s,
             timeline=settings.timeline,
         )

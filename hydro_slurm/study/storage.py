@@ -71,11 +71,18 @@ def _whole_length(data: bytes) -> int:
     return length
 
 
+MAX_STARTUP_TRIALS = 24
+"""Random trials before TPE begins: a bundle's worth, but not all of a study that fuses many."""
+
+
 def make_sampler(name: str, seed: int, max_lanes: int) -> optuna.samplers.BaseSampler:
     """The sampler that a study names; those that can, spread their questions over a batch."""
     if name == "tpe":
         return optuna.samplers.TPESampler(
-            seed=seed, constant_liar=True, n_startup_trials=max(10, max_lanes), multivariate=False
+            seed=seed,
+            constant_liar=True,
+            n_startup_trials=min(max(10, max_lanes), MAX_STARTUP_TRIALS),
+            multivariate=False,
         )
     if name == "random":
         return optuna.samplers.RandomSampler(seed=seed)

@@ -53,10 +53,14 @@ def Categorical(choices: Sequence[bool | int | float]) -> CategoricalDistributio
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Training and validation samples, each a pair (inputs, targets) of tensors whose first dimension is the sample."""
+    """Training and validation samples, each a pair (inputs, targets).
 
-    train: tuple[Tensor, Tensor]
-    valid: tuple[Tensor, Tensor]
+    Either is a tensor whose first dimension is the sample, or several: a dict of inputs is handed to the model by name,
+    a tuple by position; targets reach the loss as they are.
+    """
+
+    train: tuple[Any, Any]
+    valid: tuple[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +99,8 @@ class Study:
     rungs: int | Sequence[int] = 4
     """Steps after which a trial is evaluated and may be pruned, the last being `steps`; or how many such rungs."""
     trials: int = 32
-    max_lanes: int = 8
-    """Most trials fused into one bundle."""
+    max_lanes: int = 64
+    """Most trials fused into one bundle; the planner stops at what brings throughput and fits."""
     width_scale: float = 1.0
     """S: how many times narrower than the target the trials' surrogate is."""
     top_k: int = 3
@@ -106,6 +110,8 @@ class Study:
     """Microbatches per optimizer step; their gradients are averaged."""
     precision: str = "full"
     """full, or bf16: forward and backward under autocast, parameters and optimizer state in their own type."""
+    compile: bool = False
+    """Try torch.compile too; kept where it measures faster even with its compile time spread over a trial's steps."""
     data_order: str = "shared"
     """shared: all trials see the samples in the same order; per_trial: each in an order of its own."""
     sampler: str = "tpe"

@@ -42,6 +42,7 @@ def load_data(study: Study) -> Data:
         StudyError: It raises, or returns something else than pairs of tensors of equal length.
     """
     import torch
+    from torch.utils._pytree import tree_leaves
 
     try:
         data: Any = study.data()
@@ -53,13 +54,22 @@ def load_data(study: Study) -> Data:
         raise StudyError(f"Study.data returned {type(data).__name__}, needed hydro.Data(train=(x, y), valid=(x, y))")
     for part in ("train", "valid"):
         pair: Any = getattr(data, part)
-        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(torch.is_tensor(item) for item in pair)):
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
             raise StudyError(f"Data.{part}: needed a pair (inputs, targets) of tensors, got {type(pair).__name__}")
-        if len(pair[0]) != len(pair[1]) or len(pair[0]) == 0:
-            raise StudyError(f"Data.{part}: got {len(pair[0])} inputs and {len(pair[1])} targets, needed equally many")
+        sizes = []
+        for what, tree in zip(("inputs", "targets"), pair, strict=True):
+            leaves = tree_leaves(tree)
+            if not leaves or not all(torch.is_tensor(leaf) and leaf.dim() for leaf in leaves):
+                raise StudyError(
+                    f"Data.{part}: needed a pair (inputs, targets) of tensors; the {what} are {tree!r:.80}"
+                )
+            sizes += [len(leaf) for leaf in leaves]
+        if len(set(sizes)) != 1 or sizes[0] == 0:
+            raise StudyError(f"Data.{part}: got {sizes[0]} inputs and {sizes[-1]} targets, needed equally many")
     largest = max(study.batch_sizes)
-    if len(data.train[0]) < largest:
-        raise StudyError(f"Study.batch_size: got {largest}, but there are only {len(data.train[0])} training samples")
+    num_samples = len(tree_leaves(data.train[0])[0])
+    if num_samples < largest:
+        raise StudyError(f"Study.batch_size: got {largest}, but there are only {num_samples} training samples")
     return data
 
 

@@ -5,14 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Protocol
 
 from hydro_slurm.model import ProfilePoint
+
+
+class Rated(Protocol):
+    """A fusion count with its throughput."""
+
+    @property
+    def lanes(self) -> int: ...
+    @property
+    def lane_steps_per_s(self) -> float: ...
+
 
 KNEE_SHARE = 0.95
 """Share of the best throughput that the knee must reach."""
 
 
-def knee(points: Sequence[ProfilePoint]) -> int:
+def knee(points: Sequence[Rated]) -> int:
     """The smallest fusion count with at least 95 % of the best throughput; 0 of no points."""
     best = max((point.lane_steps_per_s for point in points), default=0.0)
     return min((p.lanes for p in points if p.lane_steps_per_s >= KNEE_SHARE * best), default=0)

@@ -44,7 +44,11 @@ def check_study(file: Path, *, as_json: bool) -> str:
     gate = OwnSlotGate(SystemClock())
     trainer = FusedTrainer(study, surrogate, data, study.steps, gate.check)
     step_ms = _try_steps(file, study, trainer)
-    limits = Limits(max_lanes=study.max_lanes, budget_s=PROFILE_BUDGET_S)
+    limits = Limits(
+        max_lanes=study.max_lanes,
+        budget_s=PROFILE_BUDGET_S,
+        num_steps=study.steps if study.compile else 0,
+    )
     profile = Profiler(lambda: FusedTrainer(study, surrogate, data, study.steps, lambda site: None), limits).run()
     document = {
         "format": FORMAT,

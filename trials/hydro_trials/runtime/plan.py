@@ -38,7 +38,12 @@ class LanePlan:
             pass
         except (FormatError, OSError) as error:
             logger.warning("the study's profile is made anew: %s", error)
-        limits = Limits(max_lanes=spec.max_lanes, cap_bytes=spec.memory_cap_bytes, budget_s=BUDGET_S)
+        limits = Limits(
+            max_lanes=spec.max_lanes,
+            cap_bytes=spec.memory_cap_bytes,
+            budget_s=BUDGET_S,
+            num_steps=spec.rungs[-1] if trainer.study.compile else 0,
+        )
         try:
             profile = Profiler(make_trainer, limits).run()
         except PlannerError as error:
