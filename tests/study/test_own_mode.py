@@ -165,6 +165,25 @@ def test_plain_sbatch_runs_a_study_file_and_goes_on_with_it_the_second_time(desk
     assert desk.client.wait_job(second, timeout_s=60) == "COMPLETED"
 
 
+def test_batch_sizes_that_cannot_share_a_bundle_get_bundles_of_their_own(desk: Workbench) -> None:
+    """Nobody says so in the study file: the model has a batch norm, and the check finds it."""
+    text = desk.study_file(steps=60).read_text()
+    text = text.replace(
+        "nn.Linear(8, hidden), nn.ReLU(), ", "nn.Linear(8, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), "
+    )
+    text = text.replace("log=True)}", 'log=True), "batch_size": hydro.Categorical([8, 32])}')
+    job_id, directory = desk.submit_study(
+        desk.write("grouped.py", text), "--own-allocation=always", "--host-wait-s=1", "--mem=2000M"
+    )
+    summary = desk.wait_summary(directory, job_id)
+    check_counted_once(directory, summary, 8)
+    assert summary.counts["FAIL"] == 0
+    assert read_study(directory).separates == ("batch_size",)
+    sizes = [{lane.params["batch_size"] for lane in spec.lanes} for spec in specs(directory)]
+    assert all(len(found) == 1 for found in sizes)
+    assert {8, 32} <= set().union(*sizes)
+
+
 def test_without_a_host_a_study_may_use_its_own_allocation(desk: Workbench) -> None:
     job_id, directory = desk.submit_study(desk.study_file(steps=60), "--host-wait-s=1", "--mem=2000M")
     summary = desk.wait_summary(directory, job_id)

@@ -194,3 +194,18 @@ def test_a_journal_that_is_damaged_in_the_middle_is_left_alone(tmp_path: Path) -
     with pytest.raises(StudyError, match="damaged at byte"):
         repair_torn_tail(path)
     assert path.read_bytes() == before
+
+
+def test_a_bundle_is_given_trials_that_may_share_it_and_no_trial_is_forgotten(tmp_path: Path) -> None:
+    sizes = optuna.distributions.CategoricalDistribution([8, 16])
+    space = {**make_description().space, "batch_size": optuna.distributions.distribution_to_json(sizes)}
+    search = Search(make_description(space=space, sampler="random"), tmp_path, ("batch_size",))
+    given = []
+    while search.num_waiting:
+        bundle = search.take(3)
+        assert len({lane.params["batch_size"] for lane in bundle}) == 1
+        joining = search.take(1, (bundle[0].params["batch_size"],))
+        assert all(lane.params["batch_size"] == bundle[0].params["batch_size"] for lane in joining)
+        given += [lane.trial for lane in (*bundle, *joining)]
+    assert sorted(given) == list(range(12))
+    assert search.take(1) == []

@@ -28,6 +28,10 @@ class Entry:
     vanishing: tuple[str, ...] = ()
     """Parameters whose exact gradient is zero: sign-like updates of them are rounding noise; outputs are compared."""
     bound: float = 1e-9
+    """In float64, relative to a tensor's largest value."""
+    single_bound: float = 1e-4
+    """The same in float32, after 20 steps of plain SGD: a thousand roundings of 2 ** -24, which the steps of such small
+    nets do not amplify much more. (Adam and its like divide by the size of a gradient and amplify without a bound.)"""
     fast: bool = True
     """Whether batched kernels must be able to run it."""
     fields: dict[str, Any] = field(default_factory=dict)

@@ -35,12 +35,12 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def make_data(entry: Entry) -> hydro.Data:
+def make_data(entry: Entry, dtype: torch.dtype = torch.float64) -> hydro.Data:
     generator = torch.Generator().manual_seed(3)
     if entry.words:
         x = torch.randint(0, VOCABULARY, (90, *entry.shape), generator=generator)
     else:
-        x = torch.randn(90, *entry.shape, generator=generator, dtype=torch.float64)
+        x = torch.randn(90, *entry.shape, generator=generator, dtype=torch.float64).to(dtype)
     shape = (90, *entry.shape) if entry.per_word else (90,)
     y = torch.randint(0, VOCABULARY if entry.per_word else NUM_CLASSES, shape, generator=generator)
     return hydro.Data(train=(x[:70], y[:70]), valid=(x[70:], y[70:]))
@@ -128,3 +128,27 @@ def test_lanes_equal_trials_that_were_trained_by_themselves(make_study: MakeStud
         with torch.no_grad():
             outputs = [logits_of(module.eval()(data.valid[0])) for module in (plain, alone)]
         assert_near(outputs[0], outputs[1], entry.bound, f"trial {trial} output")
+
+
+@pytest.mark.parametrize(
+    ("entry", "kind"),
+    [
+        pytest.param(entry, kind, id=f"{entry.name} {kind}")
+        for entry in LAYERS
+        for kind in ("general", *(("fast",) if entry.fast else ()))
+    ],
+)
+def test_in_float32_lanes_drift_from_trials_by_rounding_alone(make_study: MakeStudy, entry: Entry, kind: str) -> None:
+    fields = {"optimizer": "sgd", "loss": classify, "batch_size": 8, "steps": 20}
+    study = make_study(build=lambda width: entry.build(), **fields)
+    data = make_data(entry, torch.float32)
+    trainer = make_trainer(study, data, kind)
+    for trial, lr in enumerate((0.01, 0.03)):
+        trainer.admit(trial, SEEDS[trial], resolve_hyperparameters("sgd", "constant", {}, {"lr": lr}))
+    run(trainer, 20)
+    surrogate = make_surrogate(study.build, 1.0, "sgd")
+    for trial, lr in enumerate((0.01, 0.03)):
+        alone = train_alone(study, surrogate, data, SEEDS[trial], {"lr": lr}, 20).state_dict()
+        found = trainer.export(trial)
+        for name, expected in alone.items():
+            assert_near(found[name], expected, entry.single_bound, f"trial {trial} {name}")

@@ -112,6 +112,8 @@ def test_running_out_of_memory_ends_the_rise_and_keeps_what_was_measured(
     profile = profiler.run([1, 2, 4, 8, 16])
     assert [p.lanes for p in profile.points] == [1, 2, 4]
     assert profile.stopped == "out of memory with 8 lanes"
+    halved = Profiler(lambda: Short(study, surrogate, data, 40, lambda site: None), Limits(max_lanes=32)).run([16])
+    assert [p.lanes for p in halved.points] == [4]
 
 
 def test_a_cap_in_bytes_is_kept_to(make_study: MakeStudy, data: hydro.Data) -> None:

@@ -2,8 +2,8 @@
 
 Every way of running lanes is measured at every fusion count, interleaved, on this device, on the study's own model and
 data; nothing is assumed. A way that is refused (the model cannot be run so, or gives other numbers than the general
-path) or that has fallen far behind is not measured further. Running out of memory ends the rise: what was measured
-before stands.
+path) or that has fallen far behind is not measured further. Running out of memory halves the fusion count and ends the
+rise: what was measured before stands.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,9 @@ class Profiler:
         kinds = self._usable_kinds(trainer)
         points: list[ProfilePoint] = []
         others: list[ProfilePoint] = []
-        for count in lanes or self._counts():
+        counts = deque(lanes or self._counts())
+        while counts:
+            count = counts.popleft()
             try:
                 fill_trainer(trainer, count)
                 measured = self._measure(trainer, kinds)
@@ -88,10 +91,14 @@ class Profiler:
                     raise
                 trainer = self._make_trainer()  # the old one may be torn
                 self._stopped = f"out of memory with {count} lanes"
-                break
+                smaller = count // 2
+                counts = deque([smaller] if smaller and all(point.lanes < smaller for point in points) else [])
+                continue
             fitting = [point for point in measured if self._keeps_to_limits(point)]
             if not fitting:
                 break
+            if not self._stopped.startswith("out of memory"):
+                self._stopped = ""  # one way did not keep to the limits, another does
             best = min(fitting, key=self._cost_ms)
             points.append(best)
             others += [point for point in measured if point is not best]
