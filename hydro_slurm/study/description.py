@@ -34,6 +34,7 @@ class StudyDescription:
     rungs: tuple[int, ...]
     batch_size: int
     width_scale: float
+    """S; 0 where it is "auto" and no check has decided yet."""
     max_lanes: int
     top_k: int
     seed: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from hydro_slurm.study.description import (
     recorded_environment,
     studies_dir,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_study(
@@ -41,12 +44,16 @@ def prepare_study(
         The study's directory.
 
     Raises:
-        StudyError: The file cannot be used, its model does not build, shrink or train a step, or a study of that
-            name exists.
+        StudyError: The file cannot be used, its model does not build, shrink or train a step, its surrogate would not
+            transfer, or a study of that name exists.
     """
     file = file.absolute()
     description = describe(file)
-    lane_bytes, target_lane_bytes = _memory_of_lanes(run_verb("check", file))
+    found = run_verb("check", file)
+    lane_bytes, target_lane_bytes = _memory_of_lanes(found)
+    description = dataclasses.replace(description, width_scale=float(found["width_scale"]))
+    for warning in found.get("warnings", ()):
+        logger.warning("%s: %s", file, warning)
     if trials is not None:
         description = dataclasses.replace(description, trials=trials)
     record = StudyRecord(

@@ -19,7 +19,7 @@ from hydro_trials.runtime.gating import OwnSlotGate
 from hydro_trials.runtime.sample_lanes import fill_trainer
 from hydro_trials.runtime.startup import keep_freed_memory
 from hydro_trials.study_file import load_data, load_study
-from hydro_trials.surrogate import make_surrogate
+from hydro_trials.surrogate.scale import choose_scale
 
 FORMAT, VERSION = "hydro.profile", 1
 NUM_WARM_UP, NUM_STEPS = 5, 30
@@ -40,9 +40,9 @@ def profile_study(file: Path, output: Path | None, lanes: list[int], *, as_json:
     keep_freed_memory()
     study = load_study(file)
     data = load_data(study)
-    surrogate = make_surrogate(study.build, study.width_scale, study.optimizer, parameter_kinds=study.parameter_kinds)
+    surrogate = choose_scale(study, data, gate=False).surrogate
     shapes = {name: parameter.surrogate_shape for name, parameter in surrogate.classification.parameters.items()}
-    identity = repr((sorted(shapes.items()), study.optimizer, study.batch_size, study.width_scale, "cpu"))
+    identity = repr((sorted(shapes.items()), study.optimizer, study.batch_size, surrogate.width_scale, "cpu"))
     points = []
     for num_lanes in sorted(set(lanes)):
         gate = OwnSlotGate(SystemClock())
@@ -65,7 +65,7 @@ def profile_study(file: Path, output: Path | None, lanes: list[int], *, as_json:
         "version": VERSION,
         "key": hashlib.blake2b(identity.encode(), digest_size=8).hexdigest(),
         "study": study.name,
-        "width_scale": float(study.width_scale),
+        "width_scale": float(surrogate.width_scale),
         "batch_size": study.batch_size,
         "dtype": str(trainer.layout.dtype).removeprefix("torch."),
         "device": "cpu",

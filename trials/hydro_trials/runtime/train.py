@@ -71,14 +71,13 @@ def _preparation(
         from hydro_trials.runtime.sample_lanes import warm_up
         from hydro_trials.runtime.worker import BundleWorker
         from hydro_trials.study_file import load_data, load_study
-        from hydro_trials.surrogate import make_surrogate
+        from hydro_trials.surrogate import study_surrogate
 
         torch.set_num_threads(num_threads)
         study = load_study(directory / spec.study_file)
-        surrogate = make_surrogate(
-            study.build, spec.width_scale, study.optimizer, parameter_kinds=study.parameter_kinds
-        )
-        trainer = FusedTrainer(study, surrogate, load_data(study), spec.rungs[-1], gate.check)
+        data = load_data(study)
+        surrogate = study_surrogate(study, spec.width_scale, data)
+        trainer = FusedTrainer(study, surrogate, data, spec.rungs[-1], gate.check)
         if spec.slot.kind == "bubble":
             warm_up(trainer, min(spec.max_lanes, max(1, len(spec.lanes))))
         return BundleWorker(spec, files, study, trainer, gate, SystemClock())

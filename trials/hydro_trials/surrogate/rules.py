@@ -1,20 +1,24 @@
 """Maximal update parametrization as data: what each parameter of a surrogate gets, relative to its target.
 
-The target keeps its native parametrization. S = target width / surrogate width; all widths shrink alike, so the
-ratio of fan-out to fan-in is 1.
+The target keeps its native parametrization. r_in and r_out are target size / surrogate size of a weight's incoming and
+outgoing dimension; where all widths shrink alike, both are S.
 
-| kind   | init std                     | SGD lr    | Adam(W) lr | decay: SGD, Adam | decay: AdamW | eps     |
-| ------ | ---------------------------- | --------- | ---------- | ---------------- | ------------ | ------- |
-| input  | the target's                 | / S       | unchanged  | times S          | unchanged    | times S |
-| hidden | the target's times sqrt(S)   | unchanged | times S    | unchanged        | / S          | times S |
-| output | the target's (forward: S x)  | / S       | unchanged  | times S          | unchanged    | times S |
-| fixed  | the target's                 | unchanged | unchanged  | unchanged        | unchanged    | unchanged |
+| kind   | init std                     | SGD lr       | Adam-like lr | gradient |
+| ------ | ---------------------------- | ------------ | ------------ | -------- |
+| input  | the target's                 | / r_out      | unchanged    | x r_out  |
+| hidden | the target's x sqrt(r_in)    | r_in / r_out | x r_in       | x r_out  |
+| output | the target's (forward: r_in) | / r_in       | unchanged    | x r_in   |
+| fixed  | the target's                 | unchanged    | unchanged    | x 1      |
 
-A surrogate's gradients are S times the target's (the readout's input is multiplied by S), hence eps. SGD and AdamW
-keep lr x decay. Adam divides its L2 term by the gradient's size as well, so its coefficient grows with the ratio of
-gradient to weight, which for hidden weights does not change.
+Everything else follows from two columns. `eps` is added to the size of a gradient, so it grows as the gradient does.
+Decay is to shrink weights alike at every width: SGD, AdamW and Lion take lr x decay off in each step, so the coefficient
+is divided by the lr's factor; Adam, RMSprop and Adagrad with L2 in the gradient divide that term by the gradient's size
+too, so theirs is the gradient's factor over the lr's. (The reference package `mup` leaves Adam's L2 coefficient to the
+lr alone: hidden weights then shrink more at smaller widths, which a test shows.)
 
-Source: Yang et al., Tensor Programs V (2022), table 8, and the measurements quoted in this project's design.
+RMSprop, Adagrad and Lion divide the gradient by its own size (or take its sign), as Adam does, and follow its rule.
+
+Source: Yang et al., Tensor Programs V (2022), tables 3 and 8; the ratios of a weight's two dimensions: appendix B.
 """
 
 from __future__ import annotations
@@ -22,9 +26,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hydro_slurm.errors import SurrogateError
-from hydro_trials.hyperparameters import OPTIMIZER_DEFAULTS
+
+if TYPE_CHECKING:
+    from hydro_trials.surrogate.classify import ParameterShape
+
+GRADIENT_SIZED = ("sgd",)
+"""Optimizers whose step is as large as the gradient."""
+COUPLED = ("adam", "rmsprop", "adagrad")
+"""Those that divide by the gradient's size, with weight decay as a part of the gradient."""
+DECOUPLED = ("adamw", "lion")
+"""The same with weight decay of its own."""
+SGD_RULES = ("mup", "times_s")
+"""What hidden weights under SGD get: muP's unchanged learning rate, or S times it as in the Hydro paper (OSDI 2023)."""
 
 
 @dataclass(frozen=True)
@@ -38,25 +54,49 @@ class ParamRule:
     eps: float = 1.0
 
 
-def param_rules(kinds: Mapping[str, str], width_scale: float, optimizer: str) -> dict[str, ParamRule]:
+def param_rules(
+    parameters: Mapping[str, ParameterShape],
+    optimizer: str,
+    *,
+    scale_decay: bool = True,
+    sgd_rule: str = "mup",
+) -> dict[str, ParamRule]:
     """The rule of each parameter, by name.
+
+    Args:
+        parameters: Their kinds and ratios.
+        optimizer: One of the fused optimizers.
+        scale_decay: Whether decoupled decay keeps lr x decay; False leaves its coefficient alone. The literature
+            disagrees: lr x decay is the share of a weight that a step takes off.
+        sgd_rule: One of `SGD_RULES`.
 
     Raises:
         SurrogateError: The optimizer has no known rule.
     """
-    if optimizer not in OPTIMIZER_DEFAULTS:
-        raise SurrogateError(f"optimizer {optimizer!r} has no known rule for width_scale {width_scale:g}")
-    return {name: _rule(kind, width_scale, optimizer) for name, kind in kinds.items()}
+    known = (*GRADIENT_SIZED, *COUPLED, *DECOUPLED)
+    if sgd_rule not in SGD_RULES:
+        raise SurrogateError(f"SGD rule {sgd_rule!r}: needed one of {', '.join(SGD_RULES)}")
+    changed = any(parameter.kind != "fixed" for parameter in parameters.values())
+    if changed and optimizer not in known:
+        raise SurrogateError(
+            f"optimizer {optimizer!r} has no known rule for a surrogate: use width_scale 1, or one of "
+            f"{', '.join(known)}"
+        )
+    return {name: _rule(parameter, optimizer, scale_decay, sgd_rule) for name, parameter in parameters.items()}
 
 
-def _rule(kind: str, scale: float, optimizer: str) -> ParamRule:
-    if kind == "fixed" or scale == 1:
+def _rule(parameter: ParameterShape, optimizer: str, scale_decay: bool, sgd_rule: str) -> ParamRule:
+    kind, fan_in, fan_out = parameter.kind, parameter.fan_in_ratio, parameter.fan_out_ratio
+    if kind == "fixed":
         return ParamRule(kind)
-    if kind == "hidden":
-        if optimizer == "sgd":
-            return ParamRule(kind, init_std=math.sqrt(scale), eps=scale)
-        decay = 1 / scale if optimizer == "adamw" else 1.0
-        return ParamRule(kind, init_std=math.sqrt(scale), lr=scale, weight_decay=decay, eps=scale)
-    if optimizer == "sgd":
-        return ParamRule(kind, lr=1 / scale, weight_decay=scale, eps=scale)
-    return ParamRule(kind, weight_decay=1.0 if optimizer == "adamw" else scale, eps=scale)
+    gradient = fan_in if kind == "output" else fan_out
+    if optimizer in GRADIENT_SIZED:
+        lr = fan_in / fan_out if kind == "hidden" else 1 / gradient
+        if kind == "hidden" and sgd_rule == "times_s":
+            lr *= fan_in
+    else:
+        lr = fan_in if kind == "hidden" else 1.0
+    decay = gradient / lr if optimizer in COUPLED else 1 / lr
+    if optimizer in DECOUPLED and not scale_decay:
+        decay = 1.0
+    return ParamRule(kind, math.sqrt(fan_in) if kind == "hidden" else 1.0, lr, decay, gradient)
