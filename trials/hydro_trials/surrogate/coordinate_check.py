@@ -19,13 +19,16 @@ from hydro_slurm.errors import SurrogateError
 from hydro_trials.fusion.trainer import FusedTrainer
 from hydro_trials.hyperparameters import resolve_hyperparameters
 from hydro_trials.study import Data, Study
-from hydro_trials.surrogate.outputs import SCORES, OutputRecorder
+from hydro_trials.surrogate.outputs import OWN, SCORES, OutputRecorder
 from hydro_trials.surrogate.surrogate import Surrogate, study_surrogate
 
 MAX_GROWTH = 0.3
 MAX_DECLINE = 0.5
 """A wrong factor of S shows as a slope of 1; finite widths alone bend slopes down by up to about 0.3."""
 MAX_INITIAL_SLOPE = 0.3
+MAX_HEAD_SLOPE = -0.25
+"""Of the scores at the start where heads shrink: they are sums of random terms over d, hence -0.5 with 1/d and 0 with
+1/sqrt(d). (Their first changes tell less: under SGD they fall with 1/d, and stay with 1/sqrt(d).)"""
 MAX_MEDIAN_SLOPE = 0.35
 NUM_ERRORS = 2.0
 """A slope counts as far from 0 as it is by this many standard errors less."""
@@ -35,9 +38,6 @@ MAX_CALIBRATIONS = 6
 nothing about factors."""
 MIN_RELATIVE_CHANGE = 1e-6
 """Smaller changes are rounding."""
-
-
-OWN = "own weights"
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class CoordinateCheck:
     """Of the output's size before the first step."""
     readouts: frozenset[str] = frozenset()
     """Modules whose output at the start is known to fall with width."""
+    shrinking_heads: frozenset[str] = frozenset()
+    """Attention scores of heads whose size follows width."""
     num_steps: int = 0
     failures: tuple[str, ...] = field(default=())
     """Widths at which training broke down."""
@@ -76,13 +78,25 @@ class CoordinateCheck:
         """Why the parametrization is to be distrusted, the likely cause first; empty where it is sound."""
         found = [(-1.0, f"training is not finite at {failure}") for failure in self.failures]
         for position, (name, slope) in enumerate(self.initial.items()):
+            if name in self.shrinking_heads:
+                if slope.value - NUM_ERRORS * slope.error > MAX_HEAD_SLOPE:
+                    found.append(
+                        (
+                            position / 1e6,
+                            f"module {name}: the head size follows width, and scores are divided by its square root "
+                            f"(slope {slope.value:+.2f} at the start); divide by the size itself, "
+                            "sqrt(d_target) / d, or shrink the number of heads",
+                        )
+                    )
+                continue
             lowest = -1.0 if name in self.readouts else -MAX_INITIAL_SLOPE
             if not name.endswith((f"({SCORES})", f"({OWN})")) and not lowest <= slope.least <= MAX_INITIAL_SLOPE:
                 found.append(
                     (position / 1e6, f"module {name}: its output depends on width at the start, slope {slope.value:+.2f}")
                 )
         for position, (name, slopes) in enumerate(self.slopes.items()):
-            lowest = -1.0 if name in self.readouts else -MAX_DECLINE
+            free = name in self.readouts or name in self.shrinking_heads
+            lowest = -1.2 if free else -MAX_DECLINE
             for step, slope in enumerate(slopes, 1):
                 if not lowest <= slope.least <= MAX_GROWTH:
                     kind = "grows" if slope.value > 0 else "shrinks"
@@ -131,18 +145,28 @@ def check_coordinates(
     values = resolve_hyperparameters(study.optimizer, study.schedule, study.fixed, params)
     surrogates = [shrink(scale) for scale in width_scales]
     narrowest = max(range(len(width_scales)), key=lambda index: width_scales[index])
-    measured = {narrowest: _measure(study, data, surrogates[narrowest], values, num_steps, num_seeds)}
+    readouts = surrogates[narrowest].classification.readouts  # the target itself has no factors, hence knows of none
+
+    def measure(index: int, values: dict[str, float]) -> _Measured:
+        return _measure(study, data, surrogates[index], readouts, values, num_steps, num_seeds)
+
+    measured = {narrowest: measure(narrowest, values)}
     for _ in range(MAX_CALIBRATIONS):
         if measured[narrowest].relative_change <= MAX_RELATIVE_CHANGE:
             break
         values = {**values, "lr": values["lr"] / 4}
-        measured[narrowest] = _measure(study, data, surrogates[narrowest], values, num_steps, num_seeds)
-    for index, surrogate in enumerate(surrogates):
+        measured[narrowest] = measure(narrowest, values)
+    for index in range(len(surrogates)):
         if index != narrowest:
-            measured[index] = _measure(study, data, surrogate, values, num_steps, num_seeds)
+            measured[index] = measure(index, values)
     sizes = [measured[index].sizes for index in range(len(surrogates))]
-    readouts = frozenset().union(*(each.readouts for each in measured.values()))
     failures = tuple(f"S={scale:g}" for index, scale in enumerate(width_scales) if not measured[index].finite)
+    widest = min(range(len(width_scales)), key=lambda index: width_scales[index])
+    shrinking = frozenset(
+        name
+        for name, size in measured[widest].head_sizes.items()
+        if measured[narrowest].head_sizes.get(name, size) != size
+    )
     changes, slopes, initial = {}, {}, {}
     for name in sizes[0]:
         by_step = [[each[name][step] for each in sizes] for step in range(num_steps + 1)]
@@ -150,7 +174,7 @@ def check_coordinates(
         changes[name] = [[statistics.fmean(seeds) for seeds in step] for step in by_step[1:]]
         slopes[name] = [_slope(width_scales, step, reference) for step in by_step[1:]]
         initial[name] = _slope(width_scales, by_step[0], None)
-    return CoordinateCheck(tuple(width_scales), changes, slopes, initial, readouts, num_steps, failures, values["lr"])
+    return CoordinateCheck(tuple(width_scales), changes, slopes, initial, measured[narrowest].readouts, shrinking, num_steps, failures, values["lr"])
 
 
 @dataclass(frozen=True)
@@ -159,6 +183,7 @@ class _Measured:
 
     sizes: dict[str, list[list[float]]]
     readouts: frozenset[str]
+    head_sizes: dict[str, int]
     finite: bool
 
     @property
@@ -173,12 +198,18 @@ class _Measured:
 
 
 def _measure(
-    study: Study, data: Data, surrogate: Surrogate, values: dict[str, float], num_steps: int, num_seeds: int
+    study: Study,
+    data: Data,
+    surrogate: Surrogate,
+    readouts: tuple[str, ...],
+    values: dict[str, float],
+    num_steps: int,
+    num_seeds: int,
 ) -> _Measured:
     trainer = FusedTrainer(study, surrogate, data, study.steps, lambda site: None)
     for seed in range(num_seeds):
         trainer.admit(seed, seed, values)
-    recorder = OutputRecorder(surrogate.make(0), surrogate.classification.readouts)
+    recorder = OutputRecorder(surrogate.make(0), readouts)
     x_B = data.valid[0][: study.batch_size]
     states = [trainer.state(seed) for seed in range(num_seeds)]
     before, inputs = [], []
@@ -186,7 +217,7 @@ def _measure(
         before.append(recorder.outputs(state, x_B))
         inputs.append(recorder.readout_inputs)
     sizes = {name: [[recorder.size(lane[name]) for lane in before]] for name in before[0]}
-    for name in surrogate.classification.readouts:
+    for name in readouts:
         sizes[f"{name} ({OWN})"] = [sizes[name][0]]
     for _ in range(num_steps):
         trainer.step()
@@ -199,7 +230,7 @@ def _measure(
             changes.append(change | {f"{name} ({OWN})": output for name, output in own.items()})
         for name, steps in sizes.items():
             steps.append([recorder.size(lane[name]) for lane in changes])
-    return _Measured(sizes, frozenset(recorder.readouts), not trainer.diverged(thorough=True))
+    return _Measured(sizes, frozenset(recorder.readouts), recorder.head_sizes, not trainer.diverged(thorough=True))
 
 
 def _slope(scales: Sequence[float], sizes: Sequence[Sequence[float]], reference: Sequence[float] | None) -> Slope:

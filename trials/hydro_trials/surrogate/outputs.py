@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hydro_trials.fusion.trainer import LaneState
 
 SCORES = "attention scores"
+INPUT = "input"
+OWN = "own weights"
+"""What stands in parentheses behind a module's name where it is not its output."""
 _MASKED = -1e4
 """Scores below are masked."""
 
@@ -33,6 +36,8 @@ class OutputRecorder:
         self._stack: list[str] = []
         self._first_names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._inputs: dict[str, Tensor] = {}
+        self.head_sizes: dict[str, int] = {}
+        """Of what the scores of each attention are sums."""
         self.readouts: set[str] = set(readouts)
         """Readouts, and every module around one: what they put out includes it."""
         for name, part in module.named_modules():
@@ -75,17 +80,20 @@ class OutputRecorder:
             changes[name] = new - old
         return changes
 
-    def record(self, name: str, output: Tensor) -> None:
-        """Keep one output; further calls of the same module get numbers."""
+    def record(self, name: str, output: Tensor) -> str:
+        """Keep one output and return its key; further calls of the same module get numbers."""
         key, number = name, 2
         while key in self._outputs:
             key, number = f"{name} #{number}", number + 1
         self._outputs[key] = output.detach().clone()
+        return key
 
-    def record_scores(self, scores: Tensor) -> None:
+    def record_scores(self, scores: Tensor, head_size: int | None) -> None:
         """Keep attention scores of the module that is running."""
         kept = torch.where(scores > _MASKED, scores, torch.zeros_like(scores))
-        self.record(f"{self._stack[-1] if self._stack and self._stack[-1] else '(model)'} ({SCORES})", kept)
+        key = self.record(f"{self._stack[-1] if self._stack and self._stack[-1] else '(model)'} ({SCORES})", kept)
+        if head_size is not None:
+            self.head_sizes[key] = head_size
 
     @staticmethod
     def size(tensor: Tensor) -> float:
@@ -96,6 +104,10 @@ class OutputRecorder:
         name = self._stack.pop()
         if name in self._direct:
             self._inputs[name] = args[0].detach().clone()
+        elif args and isinstance(args[0], Tensor) and args[0].is_floating_point() and name and self._outputs:
+            if not any(args[0] is one for one in self._made):  # a sum or product that no module made
+                self._made.append(args[0])
+                self.record(f"{name} ({INPUT})", args[0])
         if isinstance(output, (tuple, list)) and output:
             output = output[0]
         if isinstance(output, Tensor) and output.is_floating_point() and not any(output is one for one in self._made):
@@ -116,15 +128,22 @@ class _Scores(TorchDispatchMode):
     def __init__(self, recorder: OutputRecorder) -> None:
         super().__init__()
         self._recorder = recorder
+        self._product: tuple[int, int] | None = None
+        """Of the last batched matrix product: number of results, length of the sums."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in ("_softmax", "_safe_softmax"):
-            self._recorder.record_scores(args[0])
+            fitting = self._product is not None and self._product[0] == args[0].numel()
+            self._recorder.record_scores(args[0], self._product[1] if self._product and fitting else None)
+        elif name in ("bmm", "baddbmm"):
+            left, right = args[-2:]
+            self._product = (left.shape[0] * left.shape[1] * right.shape[2], left.shape[2])
         elif name.startswith("_scaled_dot_product") and "backward" not in name and isinstance(args[0], Tensor):
             query, key = args[0], args[1]
             if query.dim() == 4 and query.shape[1] != key.shape[1]:
                 key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
             scale = (kwargs or {}).get("scale")
-            self._recorder.record_scores(query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale))
+            scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+            self._recorder.record_scores(scores, query.shape[-1])
         return func(*args, **(kwargs or {}))
