@@ -1,9 +1,9 @@
 """Does a surrogate train alike at every width? The size of each module's change must not depend on it.
 
-A model is trained for a few steps at several widths, each parametrized as the surrogate of the widest. For every module:
-the mean absolute size of its output before training, the mean absolute change of its output after each step, on a fixed
-batch, and the slope of both over width on log-log axes. Attention scores count as outputs: a wrong scale of theirs hides
-behind the softmax.
+A model is trained for a few steps at several widths, each parametrized as the surrogate of the widest. For every module
+are measured: the mean absolute size of its output before training, the mean absolute change of its output after each
+step, on a fixed batch, and the slope of both over width on log-log axes. What no module puts out but one takes in counts
+too (a residual stream), and so do attention scores: a wrong scale of theirs hides behind the softmax.
 
 Source: Yang et al., Tensor Programs V (2022), appendix D.1.
 """
@@ -25,6 +25,9 @@ from hydro_trials.surrogate.surrogate import Surrogate, study_surrogate
 MAX_GROWTH = 0.3
 MAX_DECLINE = 0.5
 """A wrong factor of S shows as a slope of 1; finite widths alone bend slopes down by up to about 0.3."""
+MAX_FREE_DECLINE = 1.2
+"""Of readouts, which start with a slope of -0.5 (their own weights are held to the strict limit), and of the scores of
+heads that shrink."""
 MAX_INITIAL_SLOPE = 0.3
 MAX_HEAD_SLOPE = -0.25
 """Of the scores at the start where heads shrink: they are sums of random terms over d, hence -0.5 with 1/d and 0 with
@@ -76,43 +79,38 @@ class CoordinateCheck:
     @property
     def problems(self) -> list[str]:
         """Why the parametrization is to be distrusted, the likely cause first; empty where it is sound."""
-        found = [(-1.0, f"training is not finite at {failure}") for failure in self.failures]
-        for position, (name, slope) in enumerate(self.initial.items()):
-            if name in self.shrinking_heads:
-                if slope.value - NUM_ERRORS * slope.error > MAX_HEAD_SLOPE:
-                    found.append(
-                        (
-                            position / 1e6,
-                            f"module {name}: the head size follows width, and scores are divided by its square root "
-                            f"(slope {slope.value:+.2f} at the start); divide by the size itself, "
-                            "sqrt(d_target) / d, or shrink the number of heads",
-                        )
-                    )
-                continue
-            lowest = -1.0 if name in self.readouts else -MAX_INITIAL_SLOPE
-            if not name.endswith((f"({SCORES})", f"({OWN})")) and not lowest <= slope.least <= MAX_INITIAL_SLOPE:
-                found.append(
-                    (position / 1e6, f"module {name}: its output depends on width at the start, slope {slope.value:+.2f}")
-                )
+        found = [(-1, 0, f"training is not finite at {failure}") for failure in self.failures]
+        for position, name in enumerate(self.initial):
+            problem = self._initial_problem(name)
+            if problem:
+                found.append((0, position, f"module {name}: {problem}"))
         for position, (name, slopes) in enumerate(self.slopes.items()):
-            free = name in self.readouts or name in self.shrinking_heads
-            lowest = -1.2 if free else -MAX_DECLINE
+            lowest = -MAX_FREE_DECLINE if name in self.readouts | self.shrinking_heads else -MAX_DECLINE
             for step, slope in enumerate(slopes, 1):
                 if not lowest <= slope.least <= MAX_GROWTH:
-                    kind = "grows" if slope.value > 0 else "shrinks"
-                    limit = f"+{MAX_GROWTH}" if slope.value > 0 else f"{lowest}"
-                    found.append(
-                        (
-                            step + position / 1e6,
-                            f"module {name}: its change {kind} with width, slope {slope.value:+.2f} at step {step} "
-                            f"(limit {limit})",
-                        )
-                    )
+                    kind, limit = ("grows", MAX_GROWTH) if slope.value > 0 else ("shrinks", lowest)
+                    text = f"its change {kind} with width, slope {slope.value:+.2f} at step {step} (limit {limit:+g})"
+                    found.append((step, position, f"module {name}: {text}"))
                     break
         late = [abs(slopes[-1].least) for slopes in self.slopes.values() if slopes]
         if late and statistics.median(late) > MAX_MEDIAN_SLOPE:
-            found.append((math.inf, f"the median |slope| is {statistics.median(late):.2f}, over {MAX_MEDIAN_SLOPE}"))
-        return [text for _, text in sorted(found, key=lambda entry: entry[0])]
+            text = f"the median |slope| is {statistics.median(late):.2f}, over {MAX_MEDIAN_SLOPE}"
+            found.append((self.num_steps + 1, 0, text))
+        return [text for _, _, text in sorted(found)]
+
+    def _initial_problem(self, name: str) -> str | None:
+        slope = self.initial[name]
+        if name in self.shrinking_heads:
+            if slope.value - NUM_ERRORS * slope.error <= MAX_HEAD_SLOPE:
+                return None
+            return (
+                f"the head size follows width, and scores are divided by its square root (slope {slope.value:+.2f} at "
+                "the start); divide by the size itself, sqrt(d_target) / d, or shrink the number of heads"
+            )
+        lowest = -MAX_FREE_DECLINE if name in self.readouts else -MAX_INITIAL_SLOPE
+        if name.endswith((f"({SCORES})", f"({OWN})")) or lowest <= slope.least <= MAX_INITIAL_SLOPE:
+            return None
+        return f"its size depends on width at the start, slope {slope.value:+.2f}"
 
 
 def check_coordinates(
@@ -174,7 +172,17 @@ def check_coordinates(
         changes[name] = [[statistics.fmean(seeds) for seeds in step] for step in by_step[1:]]
         slopes[name] = [_slope(width_scales, step, reference) for step in by_step[1:]]
         initial[name] = _slope(width_scales, by_step[0], None)
-    return CoordinateCheck(tuple(width_scales), changes, slopes, initial, measured[narrowest].readouts, shrinking, num_steps, failures, values["lr"])
+    return CoordinateCheck(
+        width_scales=tuple(width_scales),
+        changes=changes,
+        slopes=slopes,
+        initial=initial,
+        readouts=measured[narrowest].readouts,
+        shrinking_heads=shrinking,
+        num_steps=num_steps,
+        failures=failures,
+        lr=values["lr"],
+    )
 
 
 @dataclass(frozen=True)

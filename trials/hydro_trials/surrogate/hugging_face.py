@@ -1,7 +1,7 @@
 """Hugging Face models: a `transformers` config in, narrower models out.
 
-Which fields of a config are widths is discovered: each integer is doubled in turn, the model is built on the meta device
-(no memory, no weights), and parameter shapes are compared. What changes shapes and is no width (vocabulary, positions,
+Which fields of a config are widths is discovered: each integer is doubled in turn, the model is built on the meta
+device (no memory, no weights), and parameter shapes are compared. What changes shapes and is no width (vocabulary, positions,
 layers, patches, experts, ...) stands in a block list, by words of its name. `transformers` itself is imported by nobody
 but the user's file.
 """
@@ -132,7 +132,7 @@ class HuggingFaceFactory:
         config = copy.deepcopy(config)
         if hasattr(config, "use_cache"):
             config.use_cache = False  # its cache objects are no tensors, and training has no use for them
-        # Fused attention has no batching rule for vmap on CPUs: it would run lane by lane, and T5's learned bias not at all.
+        # Fused attention has no batching rule for vmap on CPUs: it runs lane by lane, and with a learned bias not at all.
         config._attn_implementation = "eager"
         try:
             make = getattr(model_class, "from_config", None) or model_class

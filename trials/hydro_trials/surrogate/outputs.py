@@ -45,7 +45,7 @@ class OutputRecorder:
                 # Running statistics follow the weights with a delay, and in directions that no gradient chose: with
                 # them, the readout's change falls with width though nothing is wrong.
                 part.train()
-            part.register_forward_pre_hook(lambda *_, name=name: self._stack.append(name))  # type: ignore[misc]
+            part.register_forward_pre_hook(lambda *_, name=name: self._stack.append(name))
             part.register_forward_hook(self._after)
             if any(readout == name or readout.startswith(f"{name}.") or not name for readout in readouts):
                 self.readouts.add(name or "(model)")
@@ -104,15 +104,19 @@ class OutputRecorder:
         name = self._stack.pop()
         if name in self._direct:
             self._inputs[name] = args[0].detach().clone()
-        elif args and isinstance(args[0], Tensor) and args[0].is_floating_point() and name and self._outputs:
-            if not any(args[0] is one for one in self._made):  # a sum or product that no module made
-                self._made.append(args[0])
-                self.record(f"{name} ({INPUT})", args[0])
+        elif name and self._outputs and args and self._is_new(args[0]):  # a sum or product that no module made
+            self.record(f"{name} ({INPUT})", args[0])
         if isinstance(output, (tuple, list)) and output:
             output = output[0]
-        if isinstance(output, Tensor) and output.is_floating_point() and not any(output is one for one in self._made):
-            self._made.append(output)  # a container's output is its last child's: once is enough
+        if self._is_new(output):  # a container's output is its last child's: once is enough
             self.record(name or "(model)", output)
+
+    def _is_new(self, tensor: Any) -> bool:
+        """Whether this run has not come across a tensor of activations before; it has now."""
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or any(tensor is t for t in self._made):
+            return False
+        self._made.append(tensor)
+        return True
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
@@ -122,11 +126,11 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     return module
 
 
-class _Scores(TorchDispatchMode):
+class _Scores(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees attention as it runs, fused or written out."""
 
     def __init__(self, recorder: OutputRecorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
         self._product: tuple[int, int] | None = None
         """Of the last batched matrix product: number of results, length of the sums."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,5 +140,3 @@ def _within(distribution: BaseDistribution, share: float) -> Any:
     else:
         value = (1 - share) * low + share * high
     return round(value) if isinstance(low, int) else value
-
-

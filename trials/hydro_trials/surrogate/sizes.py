@@ -112,7 +112,9 @@ class SizeTable:
         self.pin(left)
         self.pin(right)
 
-    def split(self, size: Size, first: int, module: str, *, shrink_first: bool, flippable: bool = False) -> tuple[Size, Size] | None:
+    def split(
+        self, size: Size, first: int, module: str, *, shrink_first: bool, flippable: bool = False
+    ) -> tuple[Size, Size] | None:
         """View a size as `first` times the rest; None (and pinned) where that cannot be told."""
         size = self.resolve(size)
         value = self.value(size)

@@ -116,6 +116,18 @@ def study_surrogate(study: Study, width_scale: float, data: Data) -> Surrogate:
     )
 
 
+def standard_surrogate(study: Study, width_scale: float, data: Data) -> Surrogate:
+    """The same narrow model with no rule applied: what transfer looks like without muP.
+
+    Raises:
+        SurrogateError: The model cannot be built at that width.
+    """
+    factory = as_factory(study.build, data.train[0][:2])
+    narrow = build_seeded(factory, 1 / width_scale, REFERENCE_SEED)
+    classification = classify(narrow, narrow, 1.0)
+    return Surrogate(factory, width_scale, classification, param_rules(classification.parameters, study.optimizer), {})
+
+
 def as_factory(build: ModelSource, example: Tensor | None) -> Callable[[float], nn.Module]:
     """A function of width, whichever way the model was given.
 

@@ -104,16 +104,16 @@ def module_names(module: nn.Module) -> Iterator[list[str]]:
         names.pop()
 
     for name, part in module.named_modules():
-        part.register_forward_pre_hook(lambda *_, name=name: names.append(name))  # type: ignore[misc]
+        part.register_forward_pre_hook(lambda *_, name=name: names.append(name))
         part.register_forward_hook(leave)
     yield names
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Applies the rule of every operation to the sizes of its tensors."""
 
     def __init__(self, trace: Trace, names: list[str], modules: dict[str, nn.Module]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace, self.table, self.names = trace, trace.table, names
         self.modules = modules
         self.sizes: dict[int, Sizes] = {}
@@ -165,7 +165,7 @@ class _Recorder(TorchDispatchMode):
         if not inputs:
             return [self.of(output) for output in outputs]
         try:
-            broadcast = torch.broadcast_shapes(*(tensor.shape for tensor in inputs))
+            broadcast = torch.broadcast_shapes(*(tensor.shape for tensor in inputs))  # type: ignore[no-untyped-call]
         except RuntimeError:
             broadcast = None
         found = []

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 
 from hydro_slurm.errors import SurrogateError
 from hydro_trials.study_file import describe_error
-from hydro_trials.surrogate.sizes import Size
 from hydro_trials.surrogate.trace import Trace, module_names, trace_sizes
 
 _CONVOLUTIONS = (
@@ -173,7 +172,9 @@ class TracedFactory:
         else:
             yield from self._other_numbers(name, part, narrow)
 
-    def _other_numbers(self, name: str, part: nn.Module, narrow: dict[int, int]) -> Iterator[tuple[str, int | tuple[int, ...]]]:
+    def _other_numbers(
+        self, name: str, part: nn.Module, narrow: dict[int, int]
+    ) -> Iterator[tuple[str, int | tuple[int, ...]]]:
         """Numbers of modules that are not known: those equal to a size that shrinks in the module's own operations."""
         table = self._trace.table
         met = {size for size in self._trace.seen.get(name, ())}
