@@ -2,8 +2,8 @@
 
 A model is trained for a few steps at several widths, each parametrized as the surrogate of the widest. For every module
 are measured: the mean absolute size of its output before training, the mean absolute change of its output after each
-step, on a fixed batch, and the slope of both over width on log-log axes. What no module puts out but one takes in counts
-too (a residual stream), and so do attention scores: a wrong scale of theirs hides behind the softmax.
+step, on a fixed batch, and the slope of both over width on log-log axes. What no module puts out but one takes in
+counts too (a residual stream), and so do attention scores: a wrong scale of theirs hides behind the softmax.
 
 Source: Yang et al., Tensor Programs V (2022), appendix D.1.
 """
@@ -23,12 +23,14 @@ from hydro_trials.surrogate.outputs import OWN, SCORES, OutputRecorder
 from hydro_trials.surrogate.surrogate import Surrogate, study_surrogate
 
 MAX_GROWTH = 0.3
-MAX_DECLINE = 0.5
+MAX_DECLINE = 0.6
 """A wrong factor of S shows as a slope of 1; finite widths alone bend slopes down by up to about 0.3."""
 MAX_FREE_DECLINE = 1.2
 """Of readouts, which start with a slope of -0.5 (their own weights are held to the strict limit), and of the scores of
 heads that shrink."""
 MAX_INITIAL_SLOPE = 0.3
+MIN_READOUT_SLOPE = -0.8
+"""Of a readout at the start: its random weights make it -0.5."""
 MAX_HEAD_SLOPE = -0.25
 """Of the scores at the start where heads shrink: they are sums of random terms over d, hence -0.5 with 1/d and 0 with
 1/sqrt(d). (Their first changes tell less: under SGD they fall with 1/d, and stay with 1/sqrt(d).)"""
@@ -107,7 +109,7 @@ class CoordinateCheck:
                 f"the head size follows width, and scores are divided by its square root (slope {slope.value:+.2f} at "
                 "the start); divide by the size itself, sqrt(d_target) / d, or shrink the number of heads"
             )
-        lowest = -MAX_FREE_DECLINE if name in self.readouts else -MAX_INITIAL_SLOPE
+        lowest = MIN_READOUT_SLOPE if name in self.readouts else -MAX_INITIAL_SLOPE
         if name.endswith((f"({SCORES})", f"({OWN})")) or lowest <= slope.least <= MAX_INITIAL_SLOPE:
             return None
         return f"its size depends on width at the start, slope {slope.value:+.2f}"

@@ -1,9 +1,9 @@
 """Hugging Face models: a `transformers` config in, narrower models out.
 
 Which fields of a config are widths is discovered: each integer is doubled in turn, the model is built on the meta
-device (no memory, no weights), and parameter shapes are compared. What changes shapes and is no width (vocabulary, positions,
-layers, patches, experts, ...) stands in a block list, by words of its name. `transformers` itself is imported by nobody
-but the user's file.
+device (no memory, no weights), and parameter shapes are compared. What changes shapes and is no width (vocabulary,
+positions, layers, patches, experts, ...) stands in a block list, by words of its name. `transformers` itself is
+imported by nobody but the user's file.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _NO_WIDTH = re.compile(
 """Words in the names of fields that change shapes, but whose meaning is not a width."""
 _HEADS = re.compile(r"(^|_)heads?$")
 _HEAD_SIZE = re.compile(r"head_dim|head_size|d_head|^d_kv$")
-_KEPT_CONSTANTS = ("model_dim",)
-"""Attributes from which a forward pass computes a constant factor (T5: tied readout / sqrt(model_dim)): the surrogate
-keeps the target's value, or its readout would be scaled twice."""
+_KEPT_SIZE = ("model_dim", "d_model")
+"""An attribute from which a forward pass computes a constant factor, and its field in the config (T5 divides the input
+of a tied readout by sqrt(model_dim)): the surrogate keeps the target's, or its readout would be scaled twice."""
 
 
 class HuggingFaceFactory:
@@ -62,11 +62,10 @@ class HuggingFaceFactory:
         scale = 1 / width
         config = self.config(round(scale) if math.isclose(scale, round(scale)) else scale)
         model = self._construct(config)
-        for name in _KEPT_CONSTANTS if scale != 1 else ():
-            kept = getattr(self._description.config, "d_model", None)
-            for module in model.modules():
-                if isinstance(getattr(module, name, None), int) and kept is not None:
-                    setattr(module, name, kept)
+        kept = getattr(self._description.config, _KEPT_SIZE[1], None)
+        for module in model.modules() if kept is not None else ():
+            if isinstance(getattr(module, _KEPT_SIZE[0], None), int):
+                setattr(module, _KEPT_SIZE[0], kept)
         return _Called(model, self._description.call)
 
     def config(self, scale: float) -> Any:
@@ -132,7 +131,7 @@ class HuggingFaceFactory:
         config = copy.deepcopy(config)
         if hasattr(config, "use_cache"):
             config.use_cache = False  # its cache objects are no tensors, and training has no use for them
-        # Fused attention has no batching rule for vmap on CPUs: it runs lane by lane, and with a learned bias not at all.
+        # Fused attention has no batching rule for vmap on CPUs: it runs lane by lane, with a learned bias not at all.
         config._attn_implementation = "eager"
         try:
             make = getattr(model_class, "from_config", None) or model_class

@@ -13,8 +13,8 @@ outgoing dimension; where all widths shrink alike, both are S.
 Everything else follows from two columns. `eps` is added to the size of a gradient, so it grows as the gradient does.
 Decay is to shrink weights alike at every width: SGD, AdamW and Lion take lr x decay off in each step, so the
 coefficient is divided by the lr's factor; Adam, RMSprop and Adagrad with L2 in the gradient divide that term by the
-gradient's size too, so theirs is the gradient's factor over the lr's. (The reference package `mup` leaves Adam's L2 coefficient to the
-lr alone: hidden weights then shrink more at smaller widths, which a test shows.)
+gradient's size too, so theirs is the gradient's factor over the lr's. (The reference package `mup` treats Adam's L2 as
+AdamW's decay: weights then shrink unlike at different widths, which a test shows.)
 
 RMSprop, Adagrad and Lion divide the gradient by its own size (or take its sign), as Adam does, and follow its rule.
 

@@ -105,9 +105,9 @@ class SizeTable:
             else:
                 return
         if len(left) == len(right) == 1:
-            for one, other in ((left[0], right[0]), (right[0], left[0])):
-                if len(one[1]) == 1 and other[0] % one[0] == 0 and one[1][0] not in other[1]:
-                    self.bound[one[1][0]] = ((other[0] // one[0], other[1]),)
+            for narrow, wide in ((left[0], right[0]), (right[0], left[0])):
+                if len(narrow[1]) == 1 and wide[0] % narrow[0] == 0 and narrow[1][0] not in wide[1]:
+                    self.bound[narrow[1][0]] = ((wide[0] // narrow[0], wide[1]),)
                     return
         self.pin(left)
         self.pin(right)

@@ -177,7 +177,7 @@ class TracedFactory:
     ) -> Iterator[tuple[str, int | tuple[int, ...]]]:
         """Numbers of modules that are not known: those equal to a size that shrinks in the module's own operations."""
         table = self._trace.table
-        met = {size for size in self._trace.seen.get(name, ())}
+        met = set(self._trace.seen.get(name, ()))
         for child, _ in part.named_children():
             met |= self._trace.seen.get(f"{name}.{child}".lstrip("."), set())
         for parameter in dict(part.named_parameters(recurse=False)):
