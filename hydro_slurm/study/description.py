@@ -41,6 +41,7 @@ class StudyDescription:
     sampler: str
     pruner: str
     optimizer: str
+    schedule: str = "constant"
 
     def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
         """The search space as Optuna's objects."""

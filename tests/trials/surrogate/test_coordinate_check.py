@@ -32,7 +32,7 @@ RIGHT: list[Any] = [
     pytest.param(gpt, 16, True, id="gpt"),
     pytest.param(GPT(128, 8, tied=True), 8, True, id="gpt-tied-traced"),
     pytest.param(vgg11(base=16), 4, False, id="vgg11-traced"),
-    pytest.param(mobilenet_v3(base=16), 2, False, id="mobilenetv3-s2-traced"),
+    pytest.param(mobilenet_v3(base=16), 2, False, id="mobilenetv3-s2-traced", marks=slow),
     pytest.param(lambda width: mobilenet_v3(width, 64), 8, False, id="mobilenetv3", marks=slow),
     pytest.param(mobilenet_v3(), 8, False, id="mobilenetv3-traced", marks=slow),
     pytest.param(wide_resnet50(), 8, False, id="wideresnet50-traced", marks=slow),

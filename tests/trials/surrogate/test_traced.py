@@ -150,7 +150,7 @@ def test_weights_are_drawn_anew_from_the_given_distribution() -> None:
     surrogate = make_surrogate(net, 4, "sgd", example=TOKENS)
     table = surrogate.make(1).get_parameter("0.weight")
     assert [row for row in range(30) if not table[row].any()] == [3]
-    assert float(table[4:].std()) == pytest.approx(1.0, rel=0.1)
+    assert float(table.detach()[4:].std()) == pytest.approx(1.0, rel=0.1)
     assert torch.equal(surrogate.make(1).get_parameter("0.weight"), table)
     assert not torch.equal(surrogate.make(2).get_parameter("0.weight"), table)
     assert bool((surrogate.make(1).get_parameter("2.bias") == 0.25).all())
@@ -201,5 +201,5 @@ def test_what_cannot_be_shrunk_is_refused_by_name(net: nn.Module, scale: float, 
 
 
 def test_a_scale_that_does_not_divide_the_heads_says_so() -> None:
-    with pytest.raises(SurrogateError, match="does not divide the heads or groups of module blocks.0.attention"):
+    with pytest.raises(SurrogateError, match="does not divide the heads or groups of module blocks"):
         make_surrogate(GPT(64, 4), 8, "adam", example=TOKENS)

@@ -139,6 +139,9 @@ class SizeTable:
                 return self._halves[key]
             if factor > 1 and factor % first == 0:
                 return number(first), ((factor // first, atoms),)
+            if factor > 1 and len(atoms) == 1 and self.values[atoms[0]] % first == 0:
+                halves = self.split(((1, atoms),), first, module, shrink_first=shrink_first, flippable=flippable)
+                return halves and (halves[0], times(number(factor), halves[1]))
         self.pin(size)
         return None
 
