@@ -23,6 +23,9 @@ from hydro_slurm.study.description import (
 
 logger = logging.getLogger(__name__)
 
+CHECK_TIMEOUT_S = 1_800.0
+"""The coordinate check trains, which takes a while where the model is large."""
+
 
 def prepare_study(
     file: Path,
@@ -49,7 +52,7 @@ def prepare_study(
     """
     file = file.absolute()
     description = describe(file)
-    found = run_verb("check", file)
+    found = run_verb("check", file, timeout_s=CHECK_TIMEOUT_S)
     lane_bytes, target_lane_bytes = _memory_of_lanes(found)
     description = dataclasses.replace(description, width_scale=float(found["width_scale"]))
     for warning in found.get("warnings", ()):

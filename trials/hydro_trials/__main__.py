@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("file", type=Path, help="the study file")
         command.add_argument("--json", action="store_true", help="print one JSON object")
         if verb in ("coordinates", "sweep"):
-            command.add_argument("--output", type=Path, help="HTML file for the plot")
+            command.add_argument("--output", type=Path, help="file for the plot, .html or .svg")
         if verb == "coordinates":
             command.add_argument("--scale", type=float, help="width scale instead of the study's")
         if verb == "sweep":

@@ -17,7 +17,7 @@ from hydro_trials.study import Data, Study
 from hydro_trials.study_file import load_data, load_study
 from hydro_trials.surrogate.coordinate_check import CoordinateCheck
 from hydro_trials.surrogate.limits import poor_transfers
-from hydro_trials.surrogate.plot import Line, chart, page, paragraphs
+from hydro_trials.surrogate.plot import Line, chart, page, paragraphs, side_by_side
 from hydro_trials.surrogate.scale import check_scale, choose_scale
 from hydro_trials.surrogate.sweep import (
     Fidelity,
@@ -44,7 +44,7 @@ def report_coordinates(file: Path, output: Path | None, scale: float | None, *, 
     checked = check_scale(study, data, surrogate, quick=False)
     problems = checked.problems
     if output is not None:
-        write_text_atomic(output, _coordinate_page(study, checked, problems))
+        write_text_atomic(output, _drawn(output, *_coordinate_page(study, checked, problems)))
     document: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -121,7 +121,7 @@ def report_sweep(
     }
     lines = _sweep_lines(document)
     if output is not None:
-        write_text_atomic(output, _sweep_page(study, sweeps, lines))
+        write_text_atomic(output, _drawn(output, *_sweep_page(study, sweeps, lines)))
     return json.dumps(document) if as_json else "\n".join(lines)
 
 
@@ -196,7 +196,12 @@ def _sweep_lines(document: dict[str, Any]) -> list[str]:
     return lines + ([f"plot: {document['output']}"] if document["output"] else [])
 
 
-def _coordinate_page(study: Study, checked: CoordinateCheck, problems: list[str]) -> str:
+def _drawn(output: Path, title: str, lines: list[str], charts: list[str]) -> str:
+    """An SVG image of the charts for a file named so; else a page that says the lines too."""
+    return side_by_side(charts) if output.suffix == ".svg" else page(title, [paragraphs(lines), *charts])
+
+
+def _coordinate_page(study: Study, checked: CoordinateCheck, problems: list[str]) -> tuple[str, list[str], list[str]]:
     widths = [1 / scale for scale in checked.width_scales]
     verdict = ["passed: no module's change depends on width"] if not problems else [f"FAILED: {p}" for p in problems]
     charts = [
@@ -208,10 +213,10 @@ def _coordinate_page(study: Study, checked: CoordinateCheck, problems: list[str]
         )
         for step in range(checked.num_steps)
     ]
-    return page(f"Coordinate check of {study.name}", [paragraphs(verdict), *charts])
+    return f"Coordinate check of {study.name}", verdict, charts
 
 
-def _sweep_page(study: Study, sweeps: list[WidthSweep], lines: list[str]) -> str:
+def _sweep_page(study: Study, sweeps: list[WidthSweep], lines: list[str]) -> tuple[str, list[str], list[str]]:
     charts = [
         chart(
             {"mup": "with muP", "standard": "without"}[kind],
@@ -221,4 +226,4 @@ def _sweep_page(study: Study, sweeps: list[WidthSweep], lines: list[str]) -> str
         )
         for kind in _KINDS
     ]
-    return page(f"Learning rates of {study.name} over width", [*charts, paragraphs(lines)])
+    return f"Learning rates of {study.name} over width", lines, charts

@@ -1,4 +1,4 @@
-"""Charts as SVG in one self-contained HTML page: no library, no script, nothing to load."""
+"""Charts as SVG, alone or in a self-contained HTML page: no library, no script, nothing to load."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], *, log_
     y_axis = _Axis(min(y for _, y in points), max(y for _, y in points), log_y, _HEIGHT - _BOTTOM, _TOP)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" '
-        'font-family="sans-serif" font-size="11">',
+        f'height="{_HEIGHT}" font-family="sans-serif" font-size="11">',
         f'<text x="{_LEFT}" y="18" font-size="13" font-weight="bold">{html.escape(title)}</text>',
         f'<rect x="{_LEFT}" y="{_TOP}" width="{_WIDTH - _RIGHT - _LEFT}" height="{_HEIGHT - _BOTTOM - _TOP}" '
         'fill="none" stroke="#999"/>',
@@ -61,6 +61,14 @@ def chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], *, log_
                 f"{html.escape(line.label[-24:])}</text>"
             )
     return "\n".join([*parts, "</svg>"])
+
+
+def side_by_side(charts: Sequence[str]) -> str:
+    """Several charts as one SVG image."""
+    placed = [text.replace("<svg ", f'<svg x="{number * _WIDTH}" ', 1) for number, text in enumerate(charts)]
+    size = f'viewBox="0 0 {_WIDTH * len(charts)} {_HEIGHT}" width="{_WIDTH * len(charts)}" height="{_HEIGHT}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><rect width="100%" height="100%" fill="white"/>'
+    return "\n".join([head, *placed, "</svg>", ""])
 
 
 def page(title: str, sections: Sequence[str]) -> str:
