@@ -35,7 +35,7 @@ RIGHT: list[Any] = [
     pytest.param(mobilenet_v3(base=16), 2, False, id="mobilenetv3-s2-traced", marks=slow),
     pytest.param(lambda width: mobilenet_v3(width, 64), 8, False, id="mobilenetv3", marks=slow),
     pytest.param(mobilenet_v3(), 8, False, id="mobilenetv3-traced", marks=slow),
-    pytest.param(wide_resnet50(), 8, False, id="wideresnet50-traced", marks=slow),
+    pytest.param(wide_resnet50(base=32), 8, False, id="wideresnet50-traced", marks=slow),
     pytest.param(lambda width: wide_resnet50(width, 64), 16, False, id="wideresnet50", marks=slow),
     pytest.param(ResNet18(base=32), 8, False, id="resnet18-traced", marks=slow),
     pytest.param(lambda width: ResNet18(width, 64), 16, False, id="resnet18", marks=slow),

@@ -96,7 +96,8 @@ class CoordinateCheck:
                     break
         late = [abs(slopes[-1].least) for slopes in self.slopes.values() if slopes]
         if late and statistics.median(late) > MAX_MEDIAN_SLOPE:
-            text = f"the median |slope| is {statistics.median(late):.2f}, over {MAX_MEDIAN_SLOPE}"
+            median = statistics.median(late)
+            text = f"the median |slope| is {median:.2f}, over {MAX_MEDIAN_SLOPE}: layers may be too narrow"
             found.append((self.num_steps + 1, 0, text))
         return [text for _, _, text in sorted(found)]
 

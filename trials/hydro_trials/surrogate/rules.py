@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hydro_slurm.errors import SurrogateError
@@ -54,18 +54,36 @@ class ParamRule:
     eps: float = 1.0
 
 
-def param_rules(
+def param_rules(kinds: Mapping[str, str], width_scale: float, optimizer: str) -> dict[str, ParamRule]:
+    """The rule of each parameter, by name, where all widths shrink by `width_scale`.
+
+    Raises:
+        SurrogateError: The optimizer has no known rule.
+    """
+    _check_known(optimizer)
+    return {
+        name: _rule(
+            kind,
+            width_scale if kind in ("hidden", "output") else 1.0,
+            width_scale if kind in ("hidden", "input") else 1.0,
+            optimizer,
+        )
+        for name, kind in kinds.items()
+    }
+
+
+def ratio_rules(
     parameters: Mapping[str, ParameterShape],
     optimizer: str,
     *,
     scale_decay: bool = True,
     sgd_rule: str = "mup",
 ) -> dict[str, ParamRule]:
-    """The rule of each parameter, by name.
+    """The rule of each parameter, by name, from its own ratios of target and surrogate size.
 
     Args:
         parameters: Their kinds and ratios.
-        optimizer: One of the fused optimizers.
+        optimizer: One of the fused optimizers; any where nothing shrinks.
         scale_decay: Whether decoupled decay keeps lr x decay; False leaves its coefficient alone. The literature
             disagrees: lr x decay is the share of a weight that a step takes off.
         sgd_rule: One of `SGD_RULES`.
@@ -73,30 +91,38 @@ def param_rules(
     Raises:
         SurrogateError: The optimizer has no known rule.
     """
-    known = (*GRADIENT_SIZED, *COUPLED, *DECOUPLED)
     if sgd_rule not in SGD_RULES:
         raise SurrogateError(f"SGD rule {sgd_rule!r}: needed one of {', '.join(SGD_RULES)}")
-    changed = any(parameter.kind != "fixed" for parameter in parameters.values())
-    if changed and optimizer not in known:
+    if any(parameter.kind != "fixed" for parameter in parameters.values()):
+        _check_known(optimizer)
+    rules = {}
+    for name, parameter in parameters.items():
+        rule = _rule(parameter.kind, parameter.fan_in_ratio, parameter.fan_out_ratio, optimizer)
+        if optimizer in DECOUPLED and not scale_decay:
+            rule = replace(rule, weight_decay=1.0)
+        if optimizer in GRADIENT_SIZED and sgd_rule == "times_s" and parameter.kind == "hidden":
+            lr = rule.lr * parameter.fan_in_ratio
+            rule = replace(rule, lr=lr, weight_decay=1 / lr)
+        rules[name] = rule
+    return rules
+
+
+def _check_known(optimizer: str) -> None:
+    known = (*GRADIENT_SIZED, *COUPLED, *DECOUPLED)
+    if optimizer not in known:
         raise SurrogateError(
             f"optimizer {optimizer!r} has no known rule for a surrogate: use width_scale 1, or one of "
             f"{', '.join(known)}"
         )
-    return {name: _rule(parameter, optimizer, scale_decay, sgd_rule) for name, parameter in parameters.items()}
 
 
-def _rule(parameter: ParameterShape, optimizer: str, scale_decay: bool, sgd_rule: str) -> ParamRule:
-    kind, fan_in, fan_out = parameter.kind, parameter.fan_in_ratio, parameter.fan_out_ratio
-    if kind == "fixed":
+def _rule(kind: str, fan_in: float, fan_out: float, optimizer: str) -> ParamRule:
+    if kind == "fixed" or fan_in == fan_out == 1:
         return ParamRule(kind)
     gradient = fan_in if kind == "output" else fan_out
     if optimizer in GRADIENT_SIZED:
         lr = fan_in / fan_out if kind == "hidden" else 1 / gradient
-        if kind == "hidden" and sgd_rule == "times_s":
-            lr *= fan_in
     else:
         lr = fan_in if kind == "hidden" else 1.0
     decay = gradient / lr if optimizer in COUPLED else 1 / lr
-    if optimizer in DECOUPLED and not scale_decay:
-        decay = 1.0
     return ParamRule(kind, math.sqrt(fan_in) if kind == "hidden" else 1.0, lr, decay, gradient)

@@ -14,7 +14,7 @@ from hydro_trials.study import HuggingFace
 from hydro_trials.surrogate.attention import scale_scores
 from hydro_trials.surrogate.classify import Classification, classify
 from hydro_trials.surrogate.init_scale import REFERENCE_SEED, InitScale, build_seeded, measure_init
-from hydro_trials.surrogate.rules import ParamRule, param_rules
+from hydro_trials.surrogate.rules import ParamRule, ratio_rules
 
 if TYPE_CHECKING:
     from hydro_trials.study import Data, Study
@@ -77,8 +77,8 @@ def make_surrogate(
         optimizer: What the surrogate will be trained with.
         parameter_kinds: Kinds of parameters that shapes cannot tell.
         example: Inputs (samples, ...) to trace a module with; needed where `build` is one.
-        scale_decay: See `rules.param_rules`.
-        sgd_rule: See `rules.param_rules`.
+        scale_decay: See `rules.ratio_rules`.
+        sgd_rule: See `rules.ratio_rules`.
 
     Raises:
         SurrogateError: The model does not build, cannot be shrunk by that much, or a parameter has no known rule.
@@ -87,7 +87,7 @@ def make_surrogate(
     target = build_seeded(factory, 1.0, REFERENCE_SEED)
     if width_scale == 1:
         classification = classify(target, target, 1.0)
-        return Surrogate(factory, 1.0, classification, param_rules(classification.parameters, optimizer), {})
+        return Surrogate(factory, 1.0, classification, ratio_rules(classification.parameters, optimizer), {})
     narrow = build_seeded(factory, 1 / width_scale, REFERENCE_SEED)
     classification = classify(target, narrow, width_scale, parameter_kinds)
     if all(kind == "fixed" for kind in classification.kinds.values()):
@@ -95,7 +95,7 @@ def make_surrogate(
             f"no parameter changes between width 1 and 1/{width_scale:g}: build(width) does not use its argument; "
             "multiply the hidden widths by it, or set width_scale to 1"
         )
-    rules = param_rules(classification.parameters, optimizer, scale_decay=scale_decay, sgd_rule=sgd_rule)
+    rules = ratio_rules(classification.parameters, optimizer, scale_decay=scale_decay, sgd_rule=sgd_rule)
     scales = measure_init(factory, target, width_scale, rules)
     return Surrogate(factory, width_scale, classification, rules, scales)
 
@@ -125,7 +125,7 @@ def standard_surrogate(study: Study, width_scale: float, data: Data) -> Surrogat
     factory = as_factory(study.build, data.train[0][:2])
     narrow = build_seeded(factory, 1 / width_scale, REFERENCE_SEED)
     classification = classify(narrow, narrow, 1.0)
-    return Surrogate(factory, width_scale, classification, param_rules(classification.parameters, study.optimizer), {})
+    return Surrogate(factory, width_scale, classification, ratio_rules(classification.parameters, study.optimizer), {})
 
 
 def as_factory(build: ModelSource, example: Tensor | None) -> Callable[[float], nn.Module]:
