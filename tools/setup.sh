@@ -137,6 +137,8 @@ install_venv() {
     "${pip[@]}" "$torch"
     say "installing hydro-slurm with its extras (constraints.txt has the versions)"
     DS_BUILD_OPS=0 "${pip[@]}" -c constraints.txt -e '.[trials,sim,deepspeed,dev]'
+    # The reference that muP's factors are tested against. It asks for torchvision, which it does not use.
+    "${pip[@]}" -c constraints.txt --no-deps mup
     rm "$unfinished"
     printf '%s\n' "$key" >"$stamps/venv"
 }

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from hydro_slurm import __version__
-from hydro_slurm.cli import demo, study, testbed
+from hydro_slurm.cli import demo, study, surrogate, testbed
 from hydro_slurm.errors import HydroError
 from hydro_slurm.log import set_up_logging
 
@@ -21,7 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hydro {__version__}")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more; twice for everything")
     subparsers = parser.add_subparsers(dest="group", metavar="COMMAND", required=True)
-    for group in (study, testbed, demo):
+    for group in (study, surrogate, testbed, demo):
         group.add_parser(subparsers)
     return parser
 

@@ -34,12 +34,14 @@ class StudyDescription:
     rungs: tuple[int, ...]
     batch_size: int
     width_scale: float
+    """S; 0 where it is "auto" and no check has decided yet."""
     max_lanes: int
     top_k: int
     seed: int
     sampler: str
     pruner: str
     optimizer: str
+    schedule: str = "constant"
 
     def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
         """The search space as Optuna's objects."""

@@ -11,6 +11,7 @@ from hydro_slurm import formats
 from hydro_slurm.study.description import StudyRecord
 from hydro_slurm.study.search import Search
 from hydro_slurm.study.verification import Verification, VerifiedTrial
+from hydro_slurm.study.winner import winner_code
 
 STATUS_NAME, SUMMARY_NAME = "status.json", "summary.json"
 
@@ -57,6 +58,8 @@ class StudySummary:
     """Best on the surrogate; null if no trial is COMPLETE."""
     verified: list[VerifiedTrial]
     """The best configurations on the target model, the winner first."""
+    code: str = ""
+    """Python that makes the winner's optimizer and schedule for the user's own model."""
 
 
 def write_status(directory: Path, status: StudyStatus) -> None:
@@ -77,6 +80,7 @@ def write_summary(
 ) -> StudySummary:
     """Write `summary.json` from what the search and the verification know."""
     top = search.top(1)
+    verified = verification.results(record.description.direction) if verification else []
     summary = StudySummary(
         name=record.name,
         objective=record.description.objective,
@@ -84,7 +88,8 @@ def write_summary(
         width_scale=record.description.width_scale,
         counts=search.counts(),
         best=BestTrial(top[0].number, dict(top[0].params), top[0].value) if top else None,
-        verified=verification.results(record.description.direction) if verification else [],
+        verified=verified,
+        code=_code(record, verified[0].params if verified else top[0].params) if top else "",
     )
     formats.write_record(directory / SUMMARY_NAME, summary)
     return summary
@@ -110,7 +115,14 @@ def describe_text(summary: StudySummary) -> str:
             f"  verified {rank}: trial {found.trial} {summary.objective}={value} on the target "
             f"({found.surrogate_value:.5g} on the surrogate) {_params(found.params)} {found.state}"
         )
+    if summary.code:
+        lines += ["  the winner, for your own model:", *(f"    {line}" for line in summary.code.splitlines())]
     return "\n".join(lines)
+
+
+def _code(record: StudyRecord, params: dict[str, Any]) -> str:
+    of = record.description
+    return winner_code(of.optimizer, of.schedule, of.fixed, params, steps=of.steps, batch_size=of.batch_size)
 
 
 def _configuration(best: BestTrial) -> str:

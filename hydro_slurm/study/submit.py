@@ -24,6 +24,9 @@ from hydro_slurm.study.description import (
 
 logger = logging.getLogger(__name__)
 
+CHECK_TIMEOUT_S = 1_800.0
+"""The coordinate check trains, which takes a while where the model is large."""
+
 
 def prepare_study(
     file: Path,
@@ -45,13 +48,16 @@ def prepare_study(
         The study's directory.
 
     Raises:
-        StudyError: The file cannot be used, its model does not build, shrink or train a step, or a study of that
-            name exists.
+        StudyError: The file cannot be used, its model does not build, shrink or train a step, its surrogate would not
+            transfer, or a study of that name exists.
     """
     file = file.absolute()
     description = describe(file)
-    found = run_verb("check", file)
+    found = run_verb("check", file, timeout_s=CHECK_TIMEOUT_S)
     profile = formats.from_document(Profile, found["profile"], f"`check` of {file}")
+    description = dataclasses.replace(description, width_scale=float(found["width_scale"]))
+    for warning in found["warnings"]:
+        logger.warning("%s: %s", file, warning)
     for kind, reason in profile.refused.items():
         if kind == "general":
             logger.warning("%s: %s", file, reason)

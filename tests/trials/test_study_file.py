@@ -189,7 +189,7 @@ def test_check_says_what_the_surrogate_is_and_what_it_costs() -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        (GOOD.replace("width_scale=2", "width_scale=3"), "width_scale"),
+        (GOOD.replace("width_scale=2", "width_scale=40"), "stay above 0"),
         (
             GOOD.replace("def build(width):", "def build(width):\n    raise ValueError('no model today')"),
             "no model today",

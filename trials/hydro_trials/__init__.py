@@ -3,6 +3,6 @@
 A study file needs only what is named here: `import hydro_trials as hydro`, then one `hydro.Study(...)`.
 """
 
-from hydro_trials.study import Categorical, Data, Float, Int, Study
+from hydro_trials.study import Categorical, Data, Float, HuggingFace, Int, Study
 
-__all__ = ["Categorical", "Data", "Float", "Int", "Study"]
+__all__ = ["Categorical", "Data", "Float", "HuggingFace", "Int", "Study"]

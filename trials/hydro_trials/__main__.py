@@ -1,4 +1,4 @@
-"""`python -m hydro_trials VERB`: describe, check, profile a study file; train a bundle.
+"""`python -m hydro_trials VERB`: describe, check, profile a study file, report on its surrogate; train a bundle.
 
 Whatever the user's file prints goes to stderr: stdout carries the answer and nothing else.
 """
@@ -46,6 +46,23 @@ def _answer(arguments: argparse.Namespace) -> str:
 
     if arguments.verb == "check":
         return check_study(arguments.file, as_json=arguments.json)
+    if arguments.verb == "coordinates":
+        from hydro_trials.runtime.surrogate_reports import report_coordinates
+
+        return report_coordinates(arguments.file, arguments.output, arguments.scale, as_json=arguments.json)
+    if arguments.verb == "sweep":
+        from hydro_trials.runtime.surrogate_reports import report_sweep
+
+        return report_sweep(
+            arguments.file,
+            arguments.output,
+            scales=arguments.scales,
+            num_lrs=arguments.lrs,
+            num_steps=arguments.steps,
+            num_seeds=arguments.seeds,
+            num_configurations=arguments.configurations,
+            as_json=arguments.json,
+        )
     from hydro_trials.planner import Limits
 
     limits = Limits(
@@ -73,10 +90,22 @@ def _parser() -> argparse.ArgumentParser:
         ("describe", "print what a study file defines"),
         ("check", "build and shrink the model, train it for a moment, and say what it costs"),
         ("profile", "measure memory and throughput at several fusion counts"),
+        ("coordinates", "compare training at several widths, module by module"),
+        ("sweep", "sweep the learning rate at several widths"),
     ):
         command = verbs.add_parser(verb, help=text, description=text)
         command.add_argument("file", type=Path, help="the study file")
         command.add_argument("--json", action="store_true", help="print one JSON object")
+        if verb in ("coordinates", "sweep"):
+            command.add_argument("--output", type=Path, help="file for the plot, .html or .svg")
+        if verb == "coordinates":
+            command.add_argument("--scale", type=float, help="width scale instead of the study's")
+        if verb == "sweep":
+            command.add_argument("--scales", type=float, nargs="+", help="width scales")
+            command.add_argument("--lrs", type=int, default=9, help="number of learning rates")
+            command.add_argument("--steps", type=int, help="steps of each run")
+            command.add_argument("--seeds", type=int, default=2, help="seeds of each run")
+            command.add_argument("--configurations", type=int, default=0, help="configurations to rank")
         if verb == "profile":
             command.add_argument("--output", type=Path, help="file to write the profile to")
             _add_profile_options(command)

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -63,6 +63,18 @@ class Data:
     valid: tuple[Any, Any]
 
 
+@dataclass(frozen=True)
+class HuggingFace:
+    """A model given by its `transformers` config: nothing is downloaded, weights are drawn anew."""
+
+    config: Any
+    """A PretrainedConfig of the target."""
+    model_class: Any
+    """The model's class, or an Auto class such as AutoModelForCausalLM."""
+    call: Callable[[Any, Tensor], Tensor] | None = None
+    """`call(model, inputs)` gives the output that the study's loss takes; `model(inputs).logits` by default."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """A search over optimizer hyperparameters of one model.
@@ -73,8 +85,9 @@ class Study:
 
     name: str
     """Becomes part of file names and job names."""
-    build: Callable[[float], nn.Module]
-    """`build(width)` makes the model with its hidden widths multiplied by `width`; 1.0 is the target."""
+    build: Callable[[float], nn.Module] | HuggingFace | nn.Module
+    """The target: `build(width)`, a function that makes the model with its hidden widths multiplied by `width` (1.0 is
+    the target); or `hydro.HuggingFace(config, model_class)`; or a module, which is traced with the first samples."""
     data: Callable[[], Data]
     """Loads the data; called once per process."""
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -101,8 +114,13 @@ class Study:
     trials: int = 32
     max_lanes: int = 64
     """Most trials fused into one bundle; the planner stops at what brings throughput and fits."""
-    width_scale: float = 1.0
-    """S: how many times narrower than the target the trials' surrogate is."""
+    width_scale: float | Literal["auto"] = 1.0
+    """S: how many times narrower than the target the trials' surrogate is. "auto": the largest S up to
+    `max_width_scale` that passes the coordinate check, found when the study is submitted."""
+    max_width_scale: float = 8.0
+    """The largest S that "auto" tries."""
+    scale_decay: bool = True
+    """Whether AdamW's and Lion's lr x decay stays alike at every width; False leaves the surrogate's decay alone."""
     top_k: int = 3
     """How many of the best configurations are verified on the target."""
     seed: int = 0
@@ -116,6 +134,8 @@ class Study:
     """shared: all trials see the samples in the same order; per_trial: each in an order of its own."""
     sampler: str = "tpe"
     pruner: str = "successive_halving"
+    coordinate_check: str = "refuse"
+    """What happens to a study whose surrogate fails the coordinate check: refuse or warn."""
     parameter_kinds: Mapping[str, str] = field(default_factory=dict)
     """Kinds (input, hidden, output, fixed) of parameters that `hydro_trials check` cannot tell by their shapes."""
 
@@ -127,16 +147,17 @@ class Study:
         self._check_choice("direction", DIRECTIONS)
         self._check_choice("precision", PRECISION_NAMES)
         self._check_choice("data_order", DATA_ORDERS)
+        self._check_choice("coordinate_check", ("refuse", "warn"))
         if not isinstance(self.name, str) or not NAME_PATTERN.fullmatch(self.name):
             raise StudyError(f"Study.name: got {self.name!r}, needed letters, digits, '.', '_' or '-', at most 63")
         for what in ("build", "data", "loss"):
-            if not callable(getattr(self, what)):
+            if not callable(getattr(self, what)) and not (what == "build" and isinstance(self.build, HuggingFace)):
                 raise StudyError(f"Study.{what}: got {getattr(self, what)!r}, needed a function")
         for what in ("batch_size", "steps", "trials", "max_lanes", "accumulate", "top_k"):
             self._check_whole_number(what, 0 if what == "top_k" else 1)
         self._check_whole_number("seed", 0)
-        if not isinstance(self.width_scale, (int, float)) or not 1 <= self.width_scale < math.inf:
-            raise StudyError(f"Study.width_scale: got {self.width_scale!r}, needed a number of 1 or more")
+        self._check_scale("width_scale", self.width_scale, or_auto=True)
+        self._check_scale("max_width_scale", self.max_width_scale, or_auto=False)
         self._check_space()
         self._check_objective()
         self.rung_steps  # noqa: B018  # raises where the rungs cannot work
@@ -177,6 +198,13 @@ class Study:
         value = getattr(self, what)
         if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
             raise StudyError(f"Study.{what}: got {value!r}, needed a whole number of {lowest} or more")
+
+    def _check_scale(self, what: str, value: Any, *, or_auto: bool) -> None:
+        if or_auto and value == "auto":
+            return
+        if not isinstance(value, (int, float)) or not 1 <= value < math.inf:
+            wanted = 'a number of 1 or more, or "auto"' if or_auto else "a number of 1 or more"
+            raise StudyError(f"Study.{what}: got {value!r}, needed {wanted}")
 
     def _check_space(self) -> None:
         known = known_hyperparameters(self.optimizer, self.schedule)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from hydro_slurm.clock import SystemClock
-from hydro_slurm.errors import HydroError, StudyError
+from hydro_slurm.errors import HydroError, StudyError, SurrogateError
 from hydro_slurm.formats import from_document, to_document
 from hydro_slurm.model import Profile
 from hydro_trials.fusion import FusedTrainer
@@ -20,9 +20,11 @@ from hydro_trials.runtime.gating import OwnSlotGate
 from hydro_trials.runtime.profile import to_text
 from hydro_trials.runtime.sample_lanes import fill_trainer
 from hydro_trials.runtime.startup import keep_freed_memory
-from hydro_trials.study import Study
+from hydro_trials.study import Data, Study
 from hydro_trials.study_file import describe_error, load_data, load_study
-from hydro_trials.surrogate import Surrogate, make_surrogate
+from hydro_trials.surrogate import Surrogate
+from hydro_trials.surrogate.limits import poor_transfers
+from hydro_trials.surrogate.scale import ChosenScale, choose_scale
 
 FORMAT, VERSION = "hydro.study-check", 2
 NUM_STEPS = 8
@@ -40,7 +42,8 @@ def check_study(file: Path, *, as_json: bool) -> str:
     keep_freed_memory()
     study = load_study(file)
     data = load_data(study)
-    surrogate = make_surrogate(study.build, study.width_scale, study.optimizer, parameter_kinds=study.parameter_kinds)
+    chosen = _choose(file, study, data, gate=False)
+    surrogate = chosen.surrogate
     gate = OwnSlotGate(SystemClock())
     trainer = FusedTrainer(study, surrogate, data, study.steps, gate.check)
     step_ms = _try_steps(file, study, trainer)
@@ -50,11 +53,16 @@ def check_study(file: Path, *, as_json: bool) -> str:
         num_steps=study.steps if study.compile else 0,
     )
     profile = Profiler(lambda: FusedTrainer(study, surrogate, data, study.steps, lambda site: None), limits).run()
+    if chosen.check is None:  # after a first step, whose errors say more
+        chosen = _choose(file, study, data, gate=True)
+    warnings = [*_coordinate_warnings(study, chosen), *poor_transfers(study)]
     document = {
         "format": FORMAT,
         "version": VERSION,
         "name": study.name,
-        "width_scale": float(study.width_scale),
+        "width_scale": float(surrogate.width_scale),
+        "coordinate_check": _coordinates(chosen),
+        "warnings": warnings,
         "num_parameters": {"target": _count(surrogate, target=True), "surrogate": _count(surrogate, target=False)},
         "parameters": {
             name: {
@@ -74,6 +82,43 @@ def check_study(file: Path, *, as_json: bool) -> str:
         "profile": to_document(profile),
     }
     return json.dumps(document) if as_json else _to_text(document)
+
+
+def _choose(file: Path, study: Study, data: Data, *, gate: bool) -> ChosenScale:
+    try:
+        return choose_scale(study, data, gate=gate)
+    except HydroError:
+        raise
+    except Exception as error:
+        raise StudyError(f"training a step failed: {describe_error(error, file.absolute())}") from error
+
+
+def _coordinate_warnings(study: Study, chosen: ChosenScale) -> list[str]:
+    """What the coordinate check found, where the study wants to be warned only.
+
+    Raises:
+        SurrogateError: It found something, and the study is to be refused then.
+    """
+    problems = chosen.check.problems if chosen.check else []
+    if problems and study.coordinate_check == "refuse":
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise SurrogateError(
+            f"the surrogate at width_scale {chosen.surrogate.width_scale:g} would not transfer: {problems[0]}{more}; "
+            "`hydro surrogate check FILE` shows it whole; mend the model, or use another width_scale (1: no surrogate)"
+        )
+    return problems
+
+
+def _coordinates(chosen: ChosenScale) -> dict[str, object] | None:
+    if chosen.check is None:
+        return None
+    return {
+        "width_scales": list(chosen.check.width_scales),
+        "num_outputs": len(chosen.check.slopes),
+        "lr": chosen.check.lr,
+        "problems": chosen.check.problems,
+        "refused": {f"{scale:g}": reason for scale, reason in chosen.refused.items()},
+    }
 
 
 def _try_steps(file: Path, study: Study, trainer: FusedTrainer) -> float:

@@ -10,6 +10,8 @@ from optuna.distributions import distribution_to_json
 from hydro_trials.study import Study
 from hydro_trials.study_file import load_study
 
+AUTO_SCALE = 0.0
+"""Stands for "auto", which takes training steps to decide: `check` says what has become of it."""
 FORMAT, VERSION = "hydro.study-description", 1
 
 
@@ -38,7 +40,7 @@ def to_description(study: Study) -> dict[str, object]:
         "rungs": list(study.rung_steps),
         "trials": study.trials,
         "max_lanes": study.max_lanes,
-        "width_scale": float(study.width_scale),
+        "width_scale": AUTO_SCALE if study.width_scale == "auto" else float(study.width_scale),
         "top_k": study.top_k,
         "seed": study.seed,
         "sampler": study.sampler,

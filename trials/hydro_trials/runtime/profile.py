@@ -16,7 +16,8 @@ from hydro_trials.planner import Limits, Profiler
 from hydro_trials.runtime.gating import OwnSlotGate
 from hydro_trials.runtime.startup import keep_freed_memory
 from hydro_trials.study_file import load_data, load_study
-from hydro_trials.surrogate import make_surrogate
+from hydro_trials.surrogate import study_surrogate
+from hydro_trials.surrogate.scale import choose_scale
 
 
 def profile_study(
@@ -38,8 +39,7 @@ def profile_study(
     keep_freed_memory()
     study = load_study(file)
     data = load_data(study)
-    scale = 1.0 if target else study.width_scale
-    surrogate = make_surrogate(study.build, scale, study.optimizer, parameter_kinds=study.parameter_kinds)
+    surrogate = study_surrogate(study, 1.0, data) if target else choose_scale(study, data, gate=False).surrogate
     gate = OwnSlotGate(SystemClock())
     profiler = Profiler(lambda: FusedTrainer(study, surrogate, data, study.steps, gate.check), limits)
     profile = profiler.run(sorted(set(lanes)) if lanes is not None else None)

@@ -72,14 +72,12 @@ def _preparation(
         from hydro_trials.runtime.warm_up import warm_up
         from hydro_trials.runtime.worker import BundleWorker
         from hydro_trials.study_file import load_data, load_study
-        from hydro_trials.surrogate import make_surrogate
+        from hydro_trials.surrogate import study_surrogate
 
         torch.set_num_threads(num_threads)
         study = load_study(directory / spec.study_file)
-        surrogate = make_surrogate(
-            study.build, spec.width_scale, study.optimizer, parameter_kinds=study.parameter_kinds
-        )
         data = load_data(study)
+        surrogate = study_surrogate(study, spec.width_scale, data)
         plan = LanePlan.of(
             lambda: FusedTrainer(study, surrogate, data, spec.rungs[-1], lambda site: None), spec
         )  # before any lane: nothing waits for the gate yet

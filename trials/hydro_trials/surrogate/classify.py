@@ -6,15 +6,20 @@ Only shapes at two widths decide, and the kind of module that owns a parameter: 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from hydro_slurm.errors import SurrogateError
+from hydro_trials.surrogate.attention import HeadFactor, head_factors
 
 KINDS = ("input", "hidden", "output", "fixed")
 """input: only the outgoing dimension follows width (embeddings, biases and norms too); hidden: both; output: only the
 incoming one; fixed: none."""
+
+_WEIGHT_FIRST_OUT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+_WEIGHT_LAST_OUT = (nn.Embedding, nn.EmbeddingBag, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_READOUTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -25,18 +30,28 @@ class ParameterShape:
     kind: str
     target_shape: tuple[int, ...]
     surrogate_shape: tuple[int, ...]
+    fan_in_ratio: float = 1.0
+    """Target size / surrogate size of the incoming dimension; 1 where it does not follow width."""
+    fan_out_ratio: float = 1.0
 
 
 @dataclass(frozen=True)
 class Classification:
-    """Every parameter's kind, and the modules whose input the surrogate multiplies by S."""
+    """Every parameter's kind, and what the forward pass needs at the surrogate's width."""
 
     parameters: dict[str, ParameterShape]
-    readouts: tuple[str, ...]
+    readout_factors: dict[str, float]
+    """Modules whose input the surrogate multiplies, with the factor."""
+    heads: dict[str, HeadFactor] = field(default_factory=dict)
+    """Attention modules whose head size shrinks."""
 
     @property
     def kinds(self) -> dict[str, str]:
         return {name: parameter.kind for name, parameter in self.parameters.items()}
+
+    @property
+    def readouts(self) -> tuple[str, ...]:
+        return tuple(self.readout_factors)
 
 
 def classify(
@@ -51,12 +66,10 @@ def classify(
         overrides: Kinds of parameters that shapes cannot tell.
 
     Raises:
-        SurrogateError: The two differ in more than width, a dimension is not exactly S times smaller, or a
-            parameter's kind cannot be told.
+        SurrogateError: The two differ in more than width, a dimension grows, or a parameter's kind cannot be told.
     """
     overrides = dict(overrides or {})
     _check_same_names(target, surrogate, width_scale)
-    _check_attention(target, surrogate)
     narrow = dict(surrogate.named_parameters())
     roles = _roles_by_parameter(target)
     for name, kind in overrides.items():
@@ -64,23 +77,35 @@ def classify(
             raise SurrogateError(
                 f"parameter_kinds[{name!r}] = {kind!r}: needed a parameter of the model and one of {', '.join(KINDS)}"
             )
-    parameters = {}
+    parameters, readouts = {}, {}
     for name, parameter in target.named_parameters():
         wide_shape, narrow_shape = tuple(parameter.shape), tuple(narrow[name].shape)
-        infinite = _infinite_dims(name, wide_shape, narrow_shape, width_scale)
-        kinds = {
-            overrides.get(name) or _kind_of(name, module, own_name, wide_shape, infinite)
-            for module, own_name in roles[name]
-        }
-        if not kinds <= {"input", "output"} and len(kinds) > 1:
+        ratios = _ratios(name, wide_shape, narrow_shape, width_scale)
+        found = {}
+        for role in roles[name]:
+            kind = overrides.get(name) or _kind_of(name, role, wide_shape, ratios)
+            found[kind] = _fans(name, role, kind, ratios)
+            if kind == "output":
+                readouts[_readout_module(name, role)] = found[kind][0]
+        if not set(found) <= {"input", "output"} and len(found) > 1:
             raise SurrogateError(
-                f"parameter {name} is shared by modules that use it as {' and '.join(sorted(kinds))}: "
+                f"parameter {name} is shared by modules that use it as {' and '.join(sorted(found))}: "
                 "such sharing has no known rule; use separate parameters, or width_scale 1"
             )
         # A tied embedding and readout: every rule of the two kinds agrees except the readout's forward multiplier.
-        parameters[name] = ParameterShape(name, min(kinds), wide_shape, narrow_shape)
-    readouts = tuple(_readout_modules(target, surrogate, overrides))
-    return Classification(parameters, readouts)
+        kind = min(found)
+        parameters[name] = ParameterShape(name, kind, wide_shape, narrow_shape, *found[kind])
+    order = [name for name, _ in target.named_modules() if name in readouts]
+    return Classification(parameters, {name: readouts[name] for name in order}, head_factors(target, surrogate))
+
+
+@dataclass(frozen=True)
+class _Role:
+    """A module that holds a parameter, under which name of its own."""
+
+    module_name: str
+    module: nn.Module
+    own_name: str
 
 
 def _check_same_names(target: nn.Module, surrogate: nn.Module, width_scale: float) -> None:
@@ -96,44 +121,31 @@ def _check_same_names(target: nn.Module, surrogate: nn.Module, width_scale: floa
                 )
 
 
-def _check_attention(target: nn.Module, surrogate: nn.Module) -> None:
-    narrow = dict(surrogate.named_modules())
-    for name, module in target.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            other = narrow[name]
-            assert isinstance(other, nn.MultiheadAttention)
-            if module.head_dim != other.head_dim:
-                raise SurrogateError(
-                    f"module {name}: its head size shrinks from {module.head_dim} to {other.head_dim}; "
-                    "let build(width) shrink the number of heads and keep their size"
-                )
-
-
-def _infinite_dims(name: str, wide: tuple[int, ...], narrow: tuple[int, ...], width_scale: float) -> tuple[int, ...]:
+def _ratios(name: str, wide: tuple[int, ...], narrow: tuple[int, ...], width_scale: float) -> dict[int, float]:
+    """Target size / surrogate size of the dimensions that follow width. They need not agree: widths may be rounded."""
     if len(wide) != len(narrow):
         raise SurrogateError(f"parameter {name} has shape {wide} at width 1 and {narrow} at width 1/{width_scale:g}")
-    infinite = tuple(dim for dim in range(len(wide)) if wide[dim] != narrow[dim])
-    for dim in infinite:
-        if wide[dim] != narrow[dim] * width_scale:
+    for dim in range(len(wide)):
+        if narrow[dim] > wide[dim] or narrow[dim] == 0 < wide[dim]:
             raise SurrogateError(
-                f"parameter {name}: dimension {dim} shrinks from {wide[dim]} to {narrow[dim]}, which is not "
-                f"{width_scale:g} times smaller; choose a width_scale that divides {wide[dim]}, and let every width "
-                "in build(width) be proportional to width"
+                f"parameter {name}: dimension {dim} is {wide[dim]} at width 1 and {narrow[dim]} at width "
+                f"1/{width_scale:g}; every size must shrink with width and stay above 0, or not change"
             )
-    return infinite
+    return {dim: wide[dim] / narrow[dim] for dim in range(len(wide)) if wide[dim] != narrow[dim]}
 
 
-def _roles_by_parameter(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+def _roles_by_parameter(model: nn.Module) -> dict[str, list[_Role]]:
     first_names: dict[int, str] = {}
-    roles: dict[str, list[tuple[nn.Module, str]]] = {}
+    roles: dict[str, list[_Role]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = first_names.setdefault(id(parameter), name)
         module_name, _, own_name = name.rpartition(".")
-        roles.setdefault(first, []).append((model.get_submodule(module_name), own_name))
+        roles.setdefault(first, []).append(_Role(module_name, model.get_submodule(module_name), own_name))
     return roles
 
 
-def _kind_of(name: str, module: nn.Module, own_name: str, shape: tuple[int, ...], infinite: tuple[int, ...]) -> str:
+def _kind_of(name: str, role: _Role, shape: tuple[int, ...], ratios: Mapping[int, float]) -> str:
+    infinite = tuple(ratios)
     if not infinite:
         return "fixed"
     if len(infinite) > 2:
@@ -141,50 +153,66 @@ def _kind_of(name: str, module: nn.Module, own_name: str, shape: tuple[int, ...]
             f"parameter {name} of shape {shape}: {len(infinite)} of its dimensions follow width; "
             "name its kind in Study.parameter_kinds, or use width_scale 1"
         )
-    if len(shape) == 1 or isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+    if len(shape) == 1 or isinstance(role.module, (nn.LayerNorm, nn.RMSNorm)):
         return "input"
-    fan_out = _fan_out_dim(module, own_name)
+    fan_out = _fan_out_dim(role)
     if len(infinite) == 2:
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        if isinstance(role.module, (nn.Embedding, nn.EmbeddingBag)):
             raise SurrogateError(f"parameter {name}: the number of embeddings follows width; keep it fixed")
         return "hidden"
     if fan_out is None:
-        if sum(size > 1 for size in shape) == 1:
-            return "input"  # like a class token of shape (1, 1, d): there is nothing else to be summed over
+        # A class token (1, 1, d) or positions (1, T, d): added to activations, there is nothing to be summed over.
+        if sum(size > 1 for size in shape) == 1 or (shape[0] == 1 and infinite == (len(shape) - 1,)):
+            return "input"
         raise SurrogateError(
-            f"parameter {name} of shape {shape} belongs to {type(module).__name__}, and its shape does not tell "
+            f"parameter {name} of shape {shape} belongs to {type(role.module).__name__}, and its shape does not tell "
             f"whether dimension {infinite[0]} is its input or its output; "
             f"set Study.parameter_kinds = {{{name!r}: 'input' or 'output'}}"
         )
     return "input" if infinite[0] == fan_out else "output"
 
 
-def _fan_out_dim(module: nn.Module, own_name: str) -> int | None:
+def _fans(name: str, role: _Role, kind: str, ratios: Mapping[int, float]) -> tuple[float, float]:
+    """Ratios of a parameter's incoming and outgoing dimension."""
+    if kind == "fixed" or not ratios:
+        return 1.0, 1.0
+    if kind == "input":
+        return 1.0, max(ratios.values())
+    if kind == "output":
+        return max(ratios.values()), 1.0
+    fan_out = _fan_out_dim(role)
+    if fan_out is None:
+        if len(set(ratios.values())) > 1:
+            raise SurrogateError(
+                f"parameter {name} belongs to {type(role.module).__name__}, and its dimensions shrink by "
+                f"{' and '.join(f'{ratio:.3g}' for ratio in ratios.values())}: which of them is its input cannot be "
+                "told; let both shrink alike"
+            )
+        return next(iter(ratios.values())), next(iter(ratios.values()))
+    incoming = [ratio for dim, ratio in ratios.items() if dim != fan_out]
+    return (incoming[0] if incoming else 1.0), ratios.get(fan_out, 1.0)
+
+
+def _fan_out_dim(role: _Role) -> int | None:
     """The outgoing dimension of a known module's weight; None where the module is not known."""
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return 1
-    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        return 1
-    known = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
-    if isinstance(module, known) and own_name not in ("bias_k", "bias_v"):
+    if isinstance(role.module, _WEIGHT_LAST_OUT) or type(role.module).__name__ == "Conv1D":
+        return 1  # transformers' Conv1D, GPT-2's linear layer, is (in, out)
+    if isinstance(role.module, _WEIGHT_FIRST_OUT) and role.own_name not in ("bias_k", "bias_v"):
         return 0
     return None
 
 
-def _readout_modules(target: nn.Module, surrogate: nn.Module, overrides: Mapping[str, str]) -> Iterator[str]:
-    """Modules whose weight is used as an output weight, tied ones included: their input is multiplied by S."""
-    first_names = {id(parameter): name for name, parameter in target.named_parameters()}
-    for module_name, module in target.named_modules():
-        for own_name, parameter in module.named_parameters(recurse=False):
-            wide_shape = tuple(parameter.shape)
-            narrow_shape = tuple(surrogate.get_submodule(module_name).get_parameter(own_name).shape)
-            infinite = tuple(d for d in range(len(wide_shape)) if wide_shape[d] != narrow_shape[d])
-            name = first_names[id(parameter)]
-            kind = overrides.get(name) or _kind_of(name, module, own_name, wide_shape, infinite)
-            if kind == "output":
-                if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-                    raise SurrogateError(
-                        f"parameter {name}: an output weight must belong to a module with one input "
-                        f"(nn.Linear, nn.Conv), but {module_name or 'the model'} is {type(module).__name__}"
-                    )
-                yield module_name
+def _readout_module(name: str, role: _Role) -> str:
+    if not isinstance(role.module, _READOUTS) and type(role.module).__name__ != "Conv1D":
+        raise SurrogateError(
+            f"parameter {name}: an output weight must belong to a module with one input "
+            f"(nn.Linear, nn.Conv), but {role.module_name or 'the model'} is {type(role.module).__name__}"
+        )
+    return role.module_name
+
+
+def parameter_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that hold parameters of their own, by name."""
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            yield name, module

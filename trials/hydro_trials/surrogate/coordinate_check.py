@@ -1,10 +1,11 @@
 """Does a surrogate train alike at every width? The size of each module's change must not depend on it.
 
 A model is trained for a few steps at several widths, each parametrized as the surrogate of the widest. For every module
-and step: the mean absolute change of its output on a fixed batch, and the slope of that over width on log-log axes.
+are measured: the mean absolute size of its output before training, the mean absolute change of its output after each
+step, on a fixed batch, and the slope of both over width on log-log axes. What no module puts out but one takes in
+counts too (a residual stream), and so do attention scores: a wrong scale of theirs hides behind the softmax.
 
-Source: Yang et al., Tensor Programs V (2022), appendix D.1; the limits are those that passed every correct case tried
-and caught standard parametrization, unscaled experts and an unhooked tied head.
+Source: Yang et al., Tensor Programs V (2022), appendix D.1.
 """
 
 from __future__ import annotations
@@ -12,47 +13,107 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from dataclasses import dataclass, field
 
 from hydro_slurm.errors import SurrogateError
-from hydro_trials.fusion.program import boundary_modules
 from hydro_trials.fusion.trainer import FusedTrainer
 from hydro_trials.hyperparameters import resolve_hyperparameters
 from hydro_trials.study import Data, Study
-from hydro_trials.surrogate.surrogate import Surrogate, make_surrogate
+from hydro_trials.surrogate.outputs import OWN, SCORES, OutputRecorder
+from hydro_trials.surrogate.surrogate import Surrogate, study_surrogate
 
-MAX_MEDIAN_SLOPE = 0.2
-MAX_LATE_SLOPE = 0.3
-LATE_STEP = 3
+MAX_GROWTH = 0.3
+MAX_DECLINE = 0.6
+"""A wrong factor of S shows as a slope of 1; finite widths alone bend slopes down by up to about 0.3."""
+MAX_FREE_DECLINE = 1.2
+"""Of readouts, which start with a slope of -0.5 (their own weights are held to the strict limit), and of the scores of
+heads that shrink."""
+MAX_INITIAL_SLOPE = 0.3
+MIN_READOUT_SLOPE = -0.8
+"""Of a readout at the start: its random weights make it -0.5."""
+MAX_HEAD_SLOPE = -0.25
+"""Of the scores at the start where heads shrink: they are sums of random terms over d, hence -0.5 with 1/d and 0 with
+1/sqrt(d). (Their first changes tell less: under SGD they fall with 1/d, and stay with 1/sqrt(d).)"""
+MAX_MEDIAN_SLOPE = 0.35
+NUM_ERRORS = 2.0
+"""A slope counts as far from 0 as it is by this many standard errors less."""
+MAX_RELATIVE_CHANGE = 0.1
+MAX_CALIBRATIONS = 6
+"""The learning rate is divided by 4 until the typical module changes by no more than this: a training that swings says
+nothing about factors."""
+MIN_RELATIVE_CHANGE = 1e-6
+"""Smaller changes are rounding."""
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Slope of log size over log width, with its standard error over seeds; 0 means that width does not matter."""
+
+    value: float
+    error: float
+
+    @property
+    def least(self) -> float:
+        """The slope closest to 0 that the errors allow."""
+        return math.copysign(max(0.0, abs(self.value) - NUM_ERRORS * self.error), self.value)
 
 
 @dataclass(frozen=True)
 class CoordinateCheck:
-    """What was measured. Keys are module names; lists run over steps 1, 2, …"""
+    """What was measured. Keys are module names, in the order of the forward pass; lists run over steps 1, 2, …"""
 
     width_scales: tuple[float, ...]
     changes: dict[str, list[list[float]]]
     """Mean absolute change of the output since step 0: one list over width scales per step."""
-    slopes: dict[str, list[float]]
-    """Slope of log change over log width; 0 means that width does not matter."""
+    slopes: dict[str, list[Slope]]
+    initial: dict[str, Slope]
+    """Of the output's size before the first step."""
+    readouts: frozenset[str] = frozenset()
+    """Modules whose output at the start is known to fall with width."""
+    shrinking_heads: frozenset[str] = frozenset()
+    """Attention scores of heads whose size follows width."""
+    num_steps: int = 0
+    failures: tuple[str, ...] = field(default=())
+    """Widths at which training broke down."""
+    lr: float = math.nan
+    """The learning rate of the steps."""
 
     @property
     def problems(self) -> list[str]:
-        """Why the parametrization is to be distrusted; empty where it is sound."""
-        found = []
-        every = [abs(slope) for slopes in self.slopes.values() for slope in slopes]
-        if statistics.median(every) > MAX_MEDIAN_SLOPE:
-            found.append(f"the median |slope| is {statistics.median(every):.2f}, more than {MAX_MEDIAN_SLOPE}")
-        for name, slopes in self.slopes.items():
-            late = max(slopes[LATE_STEP - 1 :], default=0.0)
-            if late > MAX_LATE_SLOPE:
-                found.append(f"module {name} grows with width: slope {late:+.2f}, more than +{MAX_LATE_SLOPE}")
-        return found
+        """Why the parametrization is to be distrusted, the likely cause first; empty where it is sound."""
+        found = [(-1, 0, f"training is not finite at {failure}") for failure in self.failures]
+        for position, name in enumerate(self.initial):
+            problem = self._initial_problem(name)
+            if problem:
+                found.append((0, position, f"module {name}: {problem}"))
+        for position, (name, slopes) in enumerate(self.slopes.items()):
+            lowest = -MAX_FREE_DECLINE if name in self.readouts | self.shrinking_heads else -MAX_DECLINE
+            for step, slope in enumerate(slopes, 1):
+                if not lowest <= slope.least <= MAX_GROWTH:
+                    kind, limit = ("grows", MAX_GROWTH) if slope.value > 0 else ("shrinks", lowest)
+                    text = f"its change {kind} with width, slope {slope.value:+.2f} at step {step} (limit {limit:+g})"
+                    found.append((step, position, f"module {name}: {text}"))
+                    break
+        late = [abs(slopes[-1].least) for slopes in self.slopes.values() if slopes]
+        if late and statistics.median(late) > MAX_MEDIAN_SLOPE:
+            median = statistics.median(late)
+            text = f"the median |slope| is {median:.2f}, over {MAX_MEDIAN_SLOPE}: layers may be too narrow"
+            found.append((self.num_steps + 1, 0, text))
+        return [text for _, _, text in sorted(found)]
+
+    def _initial_problem(self, name: str) -> str | None:
+        slope = self.initial[name]
+        if name in self.shrinking_heads:
+            if slope.value - NUM_ERRORS * slope.error <= MAX_HEAD_SLOPE:
+                return None
+            return (
+                f"the head size follows width, and scores are divided by its square root (slope {slope.value:+.2f} at "
+                "the start); divide by the size itself, sqrt(d_target) / d, or shrink the number of heads"
+            )
+        lowest = MIN_READOUT_SLOPE if name in self.readouts else -MAX_INITIAL_SLOPE
+        if name.endswith((f"({SCORES})", f"({OWN})")) or lowest <= slope.least <= MAX_INITIAL_SLOPE:
+            return None
+        return f"its size depends on width at the start, slope {slope.value:+.2f}"
 
 
 def check_coordinates(
@@ -70,7 +131,7 @@ def check_coordinates(
     Args:
         study: Gives model, loss and optimizer.
         data: Its data; the first validation samples are what outputs are compared on.
-        params: Hyperparameters of all lanes.
+        params: Hyperparameters of all lanes; the learning rate is lowered where the model would swing.
         width_scales: At least three values of S.
         num_steps: Optimizer steps.
         num_seeds: Initialisations to average over; they are lanes of one bundle.
@@ -81,53 +142,122 @@ def check_coordinates(
     """
     if len(set(width_scales)) < 3:
         raise SurrogateError(f"got width scales {list(width_scales)}, needed at least three different ones")
-    shrink = shrink or (
-        lambda scale: make_surrogate(study.build, scale, study.optimizer, parameter_kinds=study.parameter_kinds)
-    )
+    shrink = shrink or (lambda scale: study_surrogate(study, scale, data))
     values = resolve_hyperparameters(study.optimizer, study.schedule, study.fixed, params)
-    x_N = data.valid[0][: study.batch_size]
-    changes: dict[str, list[list[float]]] = {}
-    for scale in width_scales:
-        trainer = FusedTrainer(study, shrink(scale), data, study.steps, lambda site: None)
-        for seed in range(num_seeds):
-            trainer.admit(seed, seed, values)
-        module = trainer.surrogate.make(0)
-        before = [_outputs(module, trainer, seed, x_N) for seed in range(num_seeds)]
-        for step in range(num_steps):
-            trainer.step()
-            after = [_outputs(module, trainer, seed, x_N) for seed in range(num_seeds)]
-            for name in before[0]:
-                size = [float((a[name] - b[name]).abs().mean()) for a, b in zip(after, before, strict=True)]
-                steps = changes.setdefault(name, [[] for _ in range(num_steps)])
-                steps[step].append(statistics.fmean(size))
-    slopes = {name: [_slope(width_scales, sizes) for sizes in steps] for name, steps in changes.items()}
-    return CoordinateCheck(tuple(width_scales), changes, slopes)
+    surrogates = [shrink(scale) for scale in width_scales]
+    narrowest = max(range(len(width_scales)), key=lambda index: width_scales[index])
+    readouts = surrogates[narrowest].classification.readouts  # the target itself has no factors, hence knows of none
+
+    def measure(index: int, values: dict[str, float]) -> _Measured:
+        return _measure(study, data, surrogates[index], readouts, values, num_steps, num_seeds)
+
+    measured = {narrowest: measure(narrowest, values)}
+    for _ in range(MAX_CALIBRATIONS):
+        if measured[narrowest].relative_change <= MAX_RELATIVE_CHANGE:
+            break
+        values = {**values, "lr": values["lr"] / 4}
+        measured[narrowest] = measure(narrowest, values)
+    for index in range(len(surrogates)):
+        if index != narrowest:
+            measured[index] = measure(index, values)
+    sizes = [measured[index].sizes for index in range(len(surrogates))]
+    failures = tuple(f"S={scale:g}" for index, scale in enumerate(width_scales) if not measured[index].finite)
+    widest = min(range(len(width_scales)), key=lambda index: width_scales[index])
+    shrinking = frozenset(
+        name
+        for name, size in measured[widest].head_sizes.items()
+        if measured[narrowest].head_sizes.get(name, size) != size
+    )
+    changes, slopes, initial = {}, {}, {}
+    for name in sizes[0]:
+        by_step = [[each[name][step] for each in sizes] for step in range(num_steps + 1)]
+        reference = [statistics.fmean(seeds) for seeds in by_step[0]]
+        changes[name] = [[statistics.fmean(seeds) for seeds in step] for step in by_step[1:]]
+        slopes[name] = [_slope(width_scales, step, reference) for step in by_step[1:]]
+        initial[name] = _slope(width_scales, by_step[0], None)
+    return CoordinateCheck(
+        width_scales=tuple(width_scales),
+        changes=changes,
+        slopes=slopes,
+        initial=initial,
+        readouts=measured[narrowest].readouts,
+        shrinking_heads=shrinking,
+        num_steps=num_steps,
+        failures=failures,
+        lr=values["lr"],
+    )
 
 
-def _outputs(module: nn.Module, trainer: FusedTrainer, trial: int, x_N: Tensor) -> dict[str, Tensor]:
-    """Outputs of every module that owns parameters, for one lane."""
-    recorded: dict[str, Tensor] = {}
-    owners = set(boundary_modules(module))
-    hooks = []
-    for name, part in module.named_modules():
-        if part in owners:
+@dataclass(frozen=True)
+class _Measured:
+    """Of one width: output sizes before the first step, then changes, as [step][seed] by module."""
 
-            def record(_: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                if isinstance(output, Tensor):
-                    recorded[name or "(model)"] = output
+    sizes: dict[str, list[list[float]]]
+    readouts: frozenset[str]
+    head_sizes: dict[str, int]
+    finite: bool
 
-            hooks.append(part.register_forward_hook(record))
-    state = trainer.state(trial)
-    module.eval()
-    with torch.no_grad():
-        functional_call(module, {**state.parameters, **state.buffers}, (x_N,))
-    for hook in hooks:
-        hook.remove()
-    return recorded
+    @property
+    def relative_change(self) -> float:
+        """The median module's change in the last step, over its size before the first."""
+        shares = [
+            statistics.fmean(steps[-1]) / statistics.fmean(steps[0])
+            for name, steps in self.sizes.items()
+            if name not in self.readouts and statistics.fmean(steps[0]) > 0
+        ]
+        return statistics.median(shares) if self.finite and shares else math.inf if not self.finite else 0.0
 
 
-def _slope(width_scales: Sequence[float], sizes: Sequence[float]) -> float:
-    """Least-squares slope of log size over log width."""
-    if not all(math.isfinite(size) and size > 0 for size in sizes):
-        return math.inf if not all(map(math.isfinite, sizes)) else 0.0
-    return statistics.linear_regression([-math.log(scale) for scale in width_scales], [math.log(s) for s in sizes])[0]
+def _measure(
+    study: Study,
+    data: Data,
+    surrogate: Surrogate,
+    readouts: tuple[str, ...],
+    values: dict[str, float],
+    num_steps: int,
+    num_seeds: int,
+) -> _Measured:
+    trainer = FusedTrainer(study, surrogate, data, study.steps, lambda site: None)
+    for seed in range(num_seeds):
+        trainer.admit(seed, seed, values)
+    recorder = OutputRecorder(surrogate.make(0), readouts)
+    x_B = data.valid[0][: study.batch_size]
+    states = [trainer.state(seed) for seed in range(num_seeds)]
+    before, inputs = [], []
+    for state in states:
+        before.append(recorder.outputs(state, x_B))
+        inputs.append(recorder.readout_inputs)
+    sizes = {name: [[recorder.size(lane[name]) for lane in before]] for name in before[0]}
+    for name in readouts:
+        sizes[f"{name} ({OWN})"] = [sizes[name][0]]
+    for _ in range(num_steps):
+        trainer.step()
+        changes = []
+        for seed, state in enumerate(states):
+            now = trainer.state(seed)
+            after = recorder.outputs(now, x_B)
+            change = {name: after[name] - output for name, output in before[seed].items()}
+            own = recorder.own_changes(state, now, inputs[seed])
+            changes.append(change | {f"{name} ({OWN})": output for name, output in own.items()})
+        for name, steps in sizes.items():
+            steps.append([recorder.size(lane[name]) for lane in changes])
+    return _Measured(sizes, frozenset(recorder.readouts), recorder.head_sizes, not trainer.diverged(thorough=True))
+
+
+def _slope(scales: Sequence[float], sizes: Sequence[Sequence[float]], reference: Sequence[float] | None) -> Slope:
+    """Least-squares slope of log size over log width; sizes by scale and seed."""
+    means = [statistics.fmean(seeds) for seeds in sizes]
+    if not all(map(math.isfinite, means)):
+        return Slope(math.inf, 0.0)
+    floor = [0.0] * len(means) if reference is None else [MIN_RELATIVE_CHANGE * size for size in reference]
+    if any(mean <= least for mean, least in zip(means, floor, strict=True)):
+        return Slope(0.0, 0.0)
+    widths = [-math.log(scale) for scale in scales]
+    value = statistics.linear_regression(widths, [math.log(mean) for mean in means]).slope
+    by_seed = [
+        statistics.linear_regression(widths, [math.log(size) for size in seed]).slope
+        for seed in zip(*sizes, strict=True)
+        if min(seed) > 0
+    ]
+    error = statistics.stdev(by_seed) / math.sqrt(len(by_seed)) if len(by_seed) > 1 else 0.0
+    return Slope(value, error)

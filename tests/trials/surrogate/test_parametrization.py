@@ -182,20 +182,13 @@ class UnknownWeight(nn.Module):
         return x @ self.mixer
 
 
-class ShrinkingHeads(nn.Module):
-    def __init__(self, width: float) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(round(64 * width), 4)
-
-
 @pytest.mark.parametrize(
     ("build", "complaint"),
     [
-        (lambda width: nn.Linear(12, round(100 * width) + 1), "weight: dimension 0 shrinks from 101 to 26"),
-        (lambda width: nn.Linear(12, int(66 * width)), "weight: dimension 0 shrinks from 66 to 16"),
+        (lambda width: nn.Linear(12, round(16 / width)), "weight: dimension 0 is 16 at width 1 and 64 at width 1/4"),
+        (lambda width: nn.Linear(12, int(3 * width)), "weight: dimension 0 is 3 at width 1 and 0 at width 1/4"),
         (Narrowing, "layers.1.weight exists at width 1 and not at width 1/4"),
         (UnknownWeight, "parameter mixer of shape"),
-        (ShrinkingHeads, "attention: its head size shrinks from 16 to 4"),
         (lambda width: nn.Linear(12, 8), "does not use its argument"),
         (lambda width: nn.Embedding(round(8 * width), round(8 * width)), "number of embeddings follows width"),
         (lambda width: 1 / 0, "ZeroDivisionError"),
