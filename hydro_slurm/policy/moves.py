@@ -118,30 +118,33 @@ def _bundle_to_give(
     return None
 
 
-def moves_to_idle_slots(
+def moves_to_faster_places(
     claimants: Sequence[Claimant],
     slots: Mapping[str, Slot],
     idle: Sequence[Slot],
     policy: MovePolicy,
     allowance: int,
 ) -> list[Finish]:
-    """When nothing waits any more, idle slots are given to what still runs: its lanes are spread over them."""
-    if any(claimant.unserved for claimant in claimants):
-        return []
+    """When nothing of a study waits any more, what still runs gets idle slots, and room in its faster bundles.
+
+    For each study that is the bundle that would end last, if its lanes end sooner by leaving than by staying.
+    """
     finishes: list[Finish] = []
     left = list(idle)
     for claimant in claimants:
-        if len(finishes) >= allowance or not left:
+        if len(finishes) >= allowance:
             break
+        if claimant.unserved or claimant.being_left:
+            continue
         known = [bundle for bundle in claimant.bundles if bundle.remaining_s is not None and bundle.slot_id in slots]
-        for bundle in sorted(known, key=lambda bundle: (-(bundle.remaining_s or 0.0), bundle.id))[:1]:
-            demand = _demand_of(claimant, bundle)
-            if demand is None or claimant.being_left:
-                continue
-            used = _worthwhile(bundle, demand, slots[bundle.slot_id], claimant, left, policy)
-            if used:
-                finishes.append(Finish(bundle.id, "its lanes are spread over idle slots"))
-                left = [slot for slot in left if slot.id not in used]
+        last = min(known, key=lambda bundle: (-(bundle.remaining_s or 0.0), bundle.id), default=None)
+        demand = None if last is None else _demand_of(claimant, last)
+        if last is None or demand is None:
+            continue
+        used = _worthwhile(last, demand, known, claimant, left, policy)
+        if used is not None:
+            finishes.append(Finish(last.id, "its lanes are spread over faster places"))
+            left = [slot for slot in left if slot.id not in used]
     return finishes
 
 
@@ -151,23 +154,41 @@ def _demand_of(claimant: Claimant, bundle: RunningBundle) -> Demand | None:
 
 
 def _worthwhile(
-    bundle: RunningBundle, demand: Demand, slot: Slot, claimant: Claimant, idle: Sequence[Slot], policy: MovePolicy
-) -> set[str]:
-    """The idle slots that its lanes would be spread over; none if it had better stay."""
+    bundle: RunningBundle,
+    demand: Demand,
+    known: Sequence[RunningBundle],
+    claimant: Claimant,
+    idle: Sequence[Slot],
+    policy: MovePolicy,
+) -> set[str] | None:
+    """The idle slots that its lanes would be spread over; None if it had better stay."""
+    costs, remaining_s = demand.sizing.step_costs(), bundle.remaining_s or 0.0
     limit = claimant.share.max_slots
-    num_more = len(idle) if limit is None else limit - claimant.num_held
-    usable = [other for other in idle if claimant.fits(demand, other)][: max(num_more, 0)]
-    costs = demand.sizing.step_costs()
+    num_more = len(idle) if limit is None else max(limit - claimant.num_held, 0)
+    usable = [slot for slot in idle if claimant.fits(demand, slot)][:num_more]
+    others = [other for other in known if other.id != bundle.id and _demand_of(claimant, other) is demand]
+    speed = speed_of(demand, claimant.slots[bundle.slot_id])
     num_lanes = min(bundle.num_lanes + bundle.num_waiting, len(costs) - 1)
-    speed = speed_of(demand, slot)
-    remaining_s = bundle.remaining_s or 0.0
-    if not usable or num_lanes == 0 or speed <= 0:
-        return set()
-    places = [Place(0, bundle.max_lanes, speed)]
-    places += [Place(0, max_fusion_count(other.free_bytes, demand.sizing), speed_of(demand, other)) for other in usable]
+    if num_lanes == 0 or speed <= 0:
+        return None
+    places = [
+        Place(other.num_lanes, other.max_lanes, speed_of(demand, claimant.slots[other.slot_id])) for other in others
+    ]
+    places += [Place(0, max_fusion_count(slot.free_bytes, demand.sizing), speed_of(demand, slot)) for slot in usable]
+    places.append(Place(0, bundle.max_lanes, speed))
     lanes = spread_lanes(num_lanes, places, costs)
-    slowest = max(costs[count] / place.speed for count, place in zip(lanes, places, strict=True) if count)
-    gain_s = remaining_s * (1 - slowest / (costs[num_lanes] / speed)) - policy.cost_s
-    if gain_s < max(policy.min_gain * remaining_s, policy.cost_s):
-        return set()
-    return {other.id for count, other in zip(lanes[1:], usable, strict=True) if count}
+    step_s = costs[num_lanes] / speed
+    ends_s = [
+        remaining_s * costs[place.lanes + count] / place.speed / step_s + policy.cost_s
+        for place, count in zip(places, lanes, strict=True)
+        if count
+    ]
+    # Lanes that join a bundle slow down those that it has.
+    ends_s += [
+        (other.remaining_s or 0.0) * costs[other.num_lanes + count] / costs[other.num_lanes]
+        for other, count in zip(others, lanes, strict=False)
+        if count and other.num_lanes
+    ]
+    if remaining_s - max(ends_s) < max(policy.min_gain * remaining_s, policy.cost_s):
+        return None
+    return {slot.id for slot, count in zip(usable, lanes[len(others) :], strict=False) if count}

@@ -13,7 +13,7 @@ from hydro_slurm.policy.moves import (
     finishes_that_must_be,
     moves_for_fairness,
     moves_for_promoted,
-    moves_to_idle_slots,
+    moves_to_faster_places,
 )
 from hydro_slurm.policy.sizing import max_fusion_count
 from hydro_slurm.policy.spread import Place, spread_lanes
@@ -107,7 +107,7 @@ class _Decision:
         found = moves_for_promoted(self.claimants, self.slots, promoted)[:allowance]
         found += moves_for_fairness(self.claimants, self.slots, allowance - len(found))
         if not found:
-            found = moves_to_idle_slots(self.claimants, self.slots, self.free, self.moves, allowance)
+            found = moves_to_faster_places(self.claimants, self.slots, self.free, self.moves, allowance)
         refilled = {refill.bundle_id for service in self.plans.values() for refill in service.refills}
         known = {finish.bundle_id for finish in self.finishes}
         self.finishes += [finish for finish in found if finish.bundle_id not in refilled | known]

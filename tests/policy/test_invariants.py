@@ -228,7 +228,7 @@ def test_nobody_starves(
         )
         for i in range(num_studies)
     ]
-    users = dict(zip(USERS, map(lambda w: UserShare(weight=w), weights), strict=False))
+    users = dict(zip(USERS, (UserShare(weight=w) for w in weights), strict=False))
     cluster = Cluster(demands, [Slot(id=f"s{i}") for i in range(num_slots)], users)
     patience = 4 * lane_rounds * (num_studies + 2)
     for _ in range(3 * patience):

@@ -91,9 +91,22 @@ def test_lanes_gather_where_a_profile_says_that_fusing_is_free() -> None:
 def test_idle_slots_are_given_to_what_still_runs() -> None:
     running = [bundle("b", "s0", "a", 4, remaining_s=1000.0)]
     plan = place([demand("a", 0)], SLOTS, running)
-    assert plan.finishes == (Finish("b", "its lanes are spread over idle slots"),)
+    assert plan.finishes == (Finish("b", "its lanes are spread over faster places"),)
     assert not place([demand("a", 0)], SLOTS, [bundle("b", "s0", "a", 4, remaining_s=30.0)]), "not worth a move"
     assert not place([demand("a", 0)], SLOTS, [bundle("b", "s0", "a", 4)]), "nobody knows"
+
+
+def test_lanes_in_slow_bubbles_join_a_faster_bundle_with_room() -> None:
+    curve = ThroughputCurve(((1, 1.0), (8, 6.0)))
+    slots = [Slot(id="own", kind="own"), Slot(id="hole", bubble_s_per_s=0.1)]
+    demands = [demand("a", 0, sizing=SizingPolicy(max_lanes=8, curve=curve))]
+    running = [
+        bundle("fast", "own", "a", 2, max_lanes=8, remaining_s=100.0),
+        bundle("slow", "hole", "a", 1, max_lanes=8, remaining_s=900.0),
+    ]
+    assert [finish.bundle_id for finish in place(demands, slots, running).finishes] == ["slow"]
+    running[0] = bundle("fast", "own", "a", 8, max_lanes=8, remaining_s=800.0)
+    assert not place(demands, slots, running), "there is no room"
 
 
 def test_a_bundle_that_no_longer_fits_leaves() -> None:
