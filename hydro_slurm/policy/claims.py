@@ -63,6 +63,8 @@ class Claimant:
         """Whether a bundle of this demand can use a slot: owner, memory, time left, promotion."""
         if slot.shut or slot.bubble_s_per_s <= 0 or slot.study not in ("", self.study):
             return False
+        if slot.user not in ("", self.user):
+            return False
         if demand.promoted and self.has_own_slot and slot.kind != "own":
             return False
         if slot.time_left_s is not None and demand.piece_s > slot.time_left_s * speed_of(demand, slot):
@@ -103,7 +105,7 @@ def make_claimants(
         claimant = claimant_of(bundle.user, bundle.study)
         claimant.bundles.append(bundle)
         slot = slots.get(bundle.slot_id)
-        if slot is not None and not slot.study:
+        if slot is not None and slot.is_shared:
             claimant.held[class_of(slot)] += 1
     for bundle in bundles:
         slot = slots.get(bundle.slot_id)
@@ -119,7 +121,7 @@ def make_claimants(
 def _set_targets(claimants: Sequence[Claimant], slots: Mapping[str, Slot]) -> None:
     shared: dict[tuple[str, str], list[float]] = {}
     for slot in slots.values():
-        if not slot.study and not slot.shut and slot.bubble_s_per_s > 0:
+        if slot.is_shared and not slot.shut and slot.bubble_s_per_s > 0:
             shared.setdefault(class_of(slot), []).append(slot.bubble_s_per_s)
     classes = [
         SlotClass(kind, device_type, sum(sorted(speeds)) / len(speeds), len(speeds))

@@ -110,7 +110,7 @@ def _bundle_to_give(
             for bundle in donor.bundles
             if bundle.id not in sent
             and bundle.slot_id in slots
-            and not slots[bundle.slot_id].study
+            and slots[bundle.slot_id].is_shared
             and needy.may_use(slots[bundle.slot_id])
         ]
         if usable:

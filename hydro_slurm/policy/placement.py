@@ -148,7 +148,7 @@ class _Decision:
 
     def _count(self, claimant: Claimant, slot: Slot, number: int) -> None:
         self.user_slots[claimant.user] += number
-        if not slot.study:
+        if slot.is_shared:
             claimant.held[class_of(slot)] += number
 
     def _at_limit(self, claimant: Claimant) -> bool:
@@ -168,7 +168,8 @@ class _Decision:
 
 def _identity(slot: Slot) -> tuple[object, ...]:
     """Slots that agree in this are the same to everybody."""
-    return -slot.bubble_s_per_s, slot.kind, slot.device_type, slot.study, slot.free_bytes, slot.time_left_s, slot.shut
+    owner = (slot.study, slot.user)
+    return -slot.bubble_s_per_s, slot.kind, slot.device_type, owner, slot.free_bytes, slot.time_left_s, slot.shut
 
 
 class _Service:

@@ -23,8 +23,15 @@ class Slot:
     device_type: str = ""
     study: str = ""
     """Only this study may use it (an exclusive device of its allocation); empty: any study."""
+    user: str = ""
+    """Only this user's studies may use it (own mode: bubbles of his own hosts); empty: any user's."""
     time_left_s: float | None = None
     """When its host is due to end, in seconds from now; None if that is not known."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether studies of different users compete for it."""
+        return not self.study and not self.user
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

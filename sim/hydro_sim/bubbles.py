@@ -34,7 +34,10 @@ def stage_offers(host: HostConfig, config: BubbleConfig, folder: Path) -> list[S
     Raises:
         TraceError: A recorded timeline cannot be read or holds no iteration.
     """
-    if host.timelines:
+    if host.gaps_ms:
+        measured = [(host.iteration_ms / 1e3, [gap / 1e3 for gap in host.gaps_ms])]
+        source = "gaps that the scenario gives"
+    elif host.timelines:
         measured = [recorded_gaps(folder / name) for name in host.timelines]
         source = "recorded timelines"
     else:

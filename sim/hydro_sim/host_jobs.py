@@ -50,8 +50,14 @@ class HostJob:
         """Until its time limit."""
         return None if self.limit_s == float("inf") else self.start_s + self.limit_s - now_s
 
-    def offer_slots(self, now_s: float, policy: HostPolicy) -> list[Slot]:
-        """The slots of its devices, if it qualifies; stages hold equal numbers of devices."""
+    def offer_slots(self, now_s: float, policy: HostPolicy, owner: str) -> list[Slot]:
+        """The slots of its devices, if it qualifies; stages hold equal numbers of devices.
+
+        Args:
+            now_s: The moment.
+            policy: What qualifies.
+            owner: Only this user's studies may use them; empty: anybody's.
+        """
         offer = HostOffer(
             shares=True,
             has_live_gates=any(offer.throughput_share > 0 for offer in self.offers),
@@ -70,6 +76,7 @@ class HostJob:
                 bubble_s_per_s=offer.throughput_share,
                 free_bytes=offer.free_bytes,
                 device_type=self.device_type,
+                user=owner,
             )
             for stage, offer in enumerate(self.offers)
             for index in range(per_stage)
@@ -102,7 +109,7 @@ def is_host(job: TraceJob, config: HostConfig) -> bool:
     return (
         0 < config.from_trace_devices <= job.num_devices
         and job.duration_s >= config.from_trace_hours * 3600
-        and job.num_devices % (len(config.timelines) or config.pipeline.num_stages) == 0
+        and job.num_devices % config.num_stages == 0
     )
 
 

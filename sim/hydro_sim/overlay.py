@@ -93,7 +93,8 @@ class Overlay:
     def _host_offers(self, host: HostJob, start_s: float) -> None:
         if host.start_s != start_s or host.end_s >= 0:
             return  # that run of it has ended
-        for slot in host.offer_slots(self.engine.now_s, self.scenario.policy.hosts):
+        owner = host.user if self.scenario.policy.mode == "own" else ""
+        for slot in host.offer_slots(self.engine.now_s, self.scenario.policy.hosts, owner):
             self._slots[slot.id] = slot
             self._host_of[slot.id] = host
         self._request_decision()
@@ -311,7 +312,6 @@ class Overlay:
         host = self._host_of.get(slot.id)
         self._num_bundles += 1
         study.num_bundles += 1
-        target_rate = study.config.target_steps_per_s if launch.purpose == "verify" else 1.0
         bundle = Bundle(
             id=f"b{self._num_bundles:06d}",
             study=study,
@@ -321,7 +321,7 @@ class Overlay:
             sizing=sizing,
             max_lanes=max_fusion_count(slot.free_bytes, sizing),
             start_s=now_s,
-            speed=slot.bubble_s_per_s * target_rate,
+            speed=slot.bubble_s_per_s,
             waiting=lanes,
             num_trials=len(lanes),
             updated_s=now_s + self.scenario.overheads.launch_s,

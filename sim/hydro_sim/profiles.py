@@ -43,6 +43,6 @@ def sizing_of(config: StudyConfig, folder: Path) -> SizingPolicy:
     return SizingPolicy(max_lanes=config.max_lanes, lane_bytes=lane_bytes, curve=curve)
 
 
-def target_sizing() -> SizingPolicy:
-    """Configurations on the target are not fused."""
-    return SizingPolicy(max_lanes=1, curve=ThroughputCurve(((1, 1.0),)))
+def target_sizing(config: StudyConfig) -> SizingPolicy:
+    """What the policy knows of bundles on the target."""
+    return SizingPolicy(max_lanes=config.target_curve[-1][0], curve=ThroughputCurve(config.target_curve))

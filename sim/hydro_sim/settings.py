@@ -75,6 +75,9 @@ class HostConfig:
     """One iteration; ignored where `timelines` gives a recorded one."""
     timelines: tuple[str, ...] = ()
     """Recorded timelines, one per stage in order: their gaps are the bubbles. Relative to the scenario."""
+    gaps_ms: tuple[float, ...] = ()
+    """With `iteration_ms`, instead of both: the bubbles of one iteration, the same on every device."""
+    iteration_ms: float = 0.0
     duration_h: float = 24.0
     duration_spread: float = 0.0
     """Sigma of the log-normal factor on `duration_h`; 0: all alike."""
@@ -101,7 +104,11 @@ class HostConfig:
 
     def __post_init__(self) -> None:
         _check(self.count >= 0 and self.devices > 0 and self.duration_h > 0, f"host {self.name!r}: bad numbers")
-        num_stages = len(self.timelines) or self.pipeline.num_stages
+        num_stages = self.num_stages
+        _check(
+            not self.gaps_ms or self.iteration_ms > sum(self.gaps_ms),
+            f"host {self.name!r}: iteration_ms must be more than the sum of gaps_ms",
+        )
         _check(
             self.devices % num_stages == 0,
             f"host {self.name!r}: {self.devices} devices do not divide into {num_stages} stages",
@@ -111,6 +118,11 @@ class HostConfig:
             f"host {self.name!r}: free_gib has {len(self.free_gib)} entries, needed {num_stages}: one per stage",
         )
         _check(self.slowdown >= 0 and self.checkpoint_every_s > 0, f"host {self.name!r}: bad slowdown or checkpoints")
+
+    @property
+    def num_stages(self) -> int:
+        """Stages whose bubbles differ."""
+        return 1 if self.gaps_ms else len(self.timelines) or self.pipeline.num_stages
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,8 +154,8 @@ class StudyConfig:
     top_k: int = 0
     """Configurations that are verified on the target."""
     target_steps: int = 0
-    target_steps_per_s: float = 1.0
-    """Of one configuration on a device of its own."""
+    target_curve: tuple[tuple[int, float], ...] = ((1, 1.0),)
+    """Like `curve`, on the target; the largest fusion count in it is the largest that is used."""
 
     def __post_init__(self) -> None:
         ascending = list(self.rungs) == sorted(set(self.rungs)) and self.rungs and self.rungs[0] > 0
@@ -156,8 +168,7 @@ class StudyConfig:
         _check(self.eta == 0 or self.eta > 1, f"study {self.name!r}: eta must be 0 or above 1, got {self.eta}")
         _check(self.exclusive_devices >= 0 and self.count >= 0, f"study {self.name!r}: negative numbers")
         _check(
-            self.top_k == 0 or (self.target_steps > 0 and self.target_steps_per_s > 0),
-            f"study {self.name!r}: top_k needs target_steps and target_steps_per_s",
+            self.top_k == 0 or self.target_steps > 0, f"study {self.name!r}: top_k needs target_steps and target_curve"
         )
 
 
@@ -242,8 +253,14 @@ class PolicyConfig:
     hosts: HostPolicy = field(default_factory=HostPolicy)
     moves: MovePolicy = field(default_factory=MovePolicy)
     transfer: TransferPolicy = field(default_factory=TransferPolicy)
+    mode: str = "partition"
+    """partition: any study may use any host's bubbles. own: only studies of the host's user, and where a user has
+    several, they share as if one coordinator placed them all (in the product each has its own)."""
     eager_transfer: bool = False
     """Not in the product yet: off, so that the simulator promises nothing that does not run."""
+
+    def __post_init__(self) -> None:
+        _check(self.mode in ("partition", "own"), f"policy.mode must be partition or own, got {self.mode!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

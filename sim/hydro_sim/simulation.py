@@ -176,7 +176,7 @@ def build(scenario: Scenario, folder: Path, trace: Trace | None = None) -> Simul
     for position, config in enumerate(scenario.studies):
         partition = names[config.partition] if config.partition else 0
         seed = f"{scenario.seed} studies {position}"
-        studies += make_studies(config, sizing_of(config, folder), target_sizing(), partition, seed)
+        studies += make_studies(config, sizing_of(config, folder), target_sizing(config), partition, seed)
     overlay = Overlay(engine, scenario, make_hosts(scenario, folder, traced_hosts), studies)
     failures = Failures(engine, overlay, scenario.failures, f"{scenario.seed} failures")
     return Simulation(scenario, trace, base_jobs, too_large, engine, overlay, failures)

@@ -37,7 +37,7 @@ curve = [[1, 1.0], [8, 4.0], [16, 5.0]]
 max_lanes = 16
 top_k = 2
 target_steps = 500
-target_steps_per_s = 0.5
+target_curve = [[1, 0.5]]
 
 [trace]
 format = "generated"
