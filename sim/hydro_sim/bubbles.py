@@ -50,7 +50,7 @@ def stage_offers(host: HostConfig, config: BubbleConfig, folder: Path) -> list[S
         usable_s = sum(max(gap - margin_s, 0.0) for gap in gaps_s if gap >= config.min_gap_ms / 1e3)
         usable = usable_s / duration_s
         share = config.throughput_share or usable * config.efficiency
-        free_bytes = round(host.free_gib[stage] * GIB) if host.free_gib else 0
+        free_bytes = round(host.free_gib[min(stage, len(host.free_gib) - 1)] * GIB) if host.free_gib else 0
         offers.append(StageOffer(sum(gaps_s) / duration_s, usable, share if usable > 0 else 0.0, free_bytes, source))
     return offers
 

@@ -172,19 +172,19 @@ def _run_groups(arguments: argparse.Namespace, groups: dict[str, list[Point]], *
         lambda done, total: bar.show(done / total, f"{done} of {total} runs"),
     )
     bar.close()
-    by_point = {(point.name, point.changes): row for point, row in found}
+    places = iter(range(len(points)))
     results = {
-        name: [(p, by_point[p.name, p.changes]) for p in group if (p.name, p.changes) in by_point]
+        name: [(point, found[place]) for point, place in zip(group, places, strict=False) if place in found]
         for name, group in groups.items()
     }
     title = read_scenario(arguments.scenario).scenario().name
     write_variants(arguments.output, title, results, plotted=plotted)
     if arguments.json:
-        print(json.dumps({name: [figures(*each) for each in group] for name, group in results.items()}))
+        print(json.dumps({name: [figures(*each) for each in pairs] for name, pairs in results.items()}))
     else:
-        for name, group in results.items():
+        for name, pairs in results.items():
             print(f"{name}:")
-            for point, row in group:
+            for point, row in pairs:
                 reduction = f"  {row['reduction']:.2f} times shorter by bubbles" if row["reduction"] else ""
                 makespan = f"{row['makespan_h']:.2f} h" if row["makespan_h"] is not None else "not all have ended"
                 print(f"  {point.name:<48} makespan {makespan:>12}{reduction}")

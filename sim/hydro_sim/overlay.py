@@ -247,6 +247,8 @@ class Overlay:
             self._refill(refill)
         for launch in plan.launches:
             self._launch(launch)
+        if plan:
+            self._request_decision()  # what has changed may call for more, a period later
 
     def _demands(self, study: Study, now_s: float, holds: bool) -> list[Demand]:
         waited_s = 0.0 if holds else now_s - study.last_held_s

@@ -95,7 +95,7 @@ class HostConfig:
     learning_s: float = 60.0
     """From its start until its slots are offered: start-up, and the iterations from which bubbles are learned."""
     free_gib: tuple[float, ...] = ()
-    """Free memory per device by stage; empty: not known, so that it limits nothing."""
+    """Free memory per device by stage, or one value for all; empty: not known, so that it limits nothing."""
     checkpoint_every_s: float = 1800.0
     """What a failure throws away at most."""
     slowdown: float = 0.0
@@ -114,7 +114,7 @@ class HostConfig:
             f"host {self.name!r}: {self.devices} devices do not divide into {num_stages} stages",
         )
         _check(
-            len(self.free_gib) in (0, num_stages),
+            len(self.free_gib) in (0, 1, num_stages),
             f"host {self.name!r}: free_gib has {len(self.free_gib)} entries, needed {num_stages}: one per stage",
         )
         _check(self.slowdown >= 0 and self.checkpoint_every_s > 0, f"host {self.name!r}: bad slowdown or checkpoints")

@@ -32,11 +32,11 @@ class Point:
     changes: tuple[tuple[str, object], ...]
 
 
-def run_point(path: Path, point: Point) -> tuple[Point, Row]:
+def run_point(path: Path, point: Point) -> Row:
     """Run one variant, with and without bubbles where the scenario has hosts.
 
     Returns:
-        The variant and its summary, with `makespan_without_bubbles_h` and `reduction` added.
+        Its summary, with `makespan_without_bubbles_h` and `reduction` added.
     """
     file = read_scenario(path)
     changes = dict(point.changes)
@@ -55,7 +55,7 @@ def run_point(path: Path, point: Point) -> tuple[Point, Row]:
         found["makespan_without_bubbles_h"] = alone_h
         if alone_h and found["makespan_h"]:
             found["reduction"] = round(alone_h / found["makespan_h"], 6)
-    return point, found
+    return found
 
 
 def points_of_variants(file: ScenarioFile) -> list[Point]:
@@ -86,24 +86,24 @@ def points_of_sweeps(file: ScenarioFile, extra: Mapping[str, Sequence[object]] |
 
 def run_points(
     path: Path, points: Sequence[Point], num_processes: int, done: Callable[[int, int], None]
-) -> list[tuple[Point, Row]]:
-    """Run variants over processes; the results come in the order of the points, whatever ended first.
+) -> dict[int, Row]:
+    """Run variants over processes.
 
-    Ctrl-C ends the waiting and returns what is done.
+    Returns:
+        Summaries by place in `points`; after Ctrl-C those that were done.
     """
+    results: dict[int, Row] = {}
     if num_processes == 1 or len(points) == 1:
-        found = []
         try:
             for index, point in enumerate(points):
-                found.append(run_point(path, point))
-                done(index + 1, len(points))
+                results[index] = run_point(path, point)
+                done(len(results), len(points))
         except KeyboardInterrupt:
             pass
-        return found
+        return results
     context = multiprocessing.get_context("spawn")
-    results: dict[int, tuple[Point, Row]] = {}
     with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_ignore_interrupts) as pool:
-        pending: dict[Future[tuple[Point, Row]], int] = {
+        pending: dict[Future[Row], int] = {
             pool.submit(run_point, path, point): index for index, point in enumerate(points)
         }
         try:
@@ -113,7 +113,7 @@ def run_points(
                     done(len(results), len(points))
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
-    return [results[index] for index in sorted(results)]
+    return results
 
 
 def _ignore_interrupts() -> None:
