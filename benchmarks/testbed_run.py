@@ -29,8 +29,10 @@ T = TypeVar("T")
 
 HOST_PROGRAM = Path(__file__).parent / "programs" / "testbed_host.py"
 COMPUTE_MS, GAP_MS = 20.0, 80.0
-ITERATION_MS = 2 * (COMPUTE_MS + GAP_MS)
-MAX_LANES, STEPS = 4, 6000
+MAX_LANES, STEPS = 4, 1200
+CALIBRATION_TRIALS, CALIBRATION_STEPS = 8, 800
+START_UP_S = 1.0
+"""A host's five iterations of learning, which are part of the time until its slot is offered."""
 POLL_S = 0.3
 LIMIT_S = 400.0
 
@@ -80,10 +82,10 @@ class StudyPlan:
 
 HOSTS = (
     HostPlan("alpha", "one", 2.0, 200, 0),
-    HostPlan("beta", "two", 3.0, 400, 1),
-    HostPlan("gamma", "one", 4.0, 300, 0),
+    HostPlan("beta", "two", 3.0, 700, 1),
+    HostPlan("gamma", "one", 4.0, 500, 0),
 )
-STUDIES = (StudyPlan("first", "one", 0.0, 24), StudyPlan("second", "two", 1.0, 24))
+STUDIES = (StudyPlan("first", "one", 0.0, 20), StudyPlan("second", "two", 1.0, 24))
 
 
 class Team:
@@ -138,6 +140,7 @@ class Team:
                 output=self.home / f"{plan.name}.log",
                 work_dir=self.home,
                 env=self.environment,
+                extra_options=["--exclude=n1"],
             )
         )
 
@@ -201,7 +204,7 @@ def bundle_times(directory: Path) -> list[BundleTimes]:
 def calibrate(testbed: Testbed, user: str) -> dict[str, Any]:
     """Everything that the replay is given beside submit times and descriptions, measured before the run."""
     team = Team(testbed, user, "calibration")
-    file = team.study_file("calibration", 8, steps=4000)
+    file = team.study_file("calibration", CALIBRATION_TRIALS, steps=CALIBRATION_STEPS)
     curve = team.profile(file, [1, 2, 3, 4])
     target = team.profile(team.study_file("target", 8, width_scale=1.0), [1])
     host = team.submit_host(HostPlan("calibration", "calibration", 0.0, 5000, 0))
@@ -219,13 +222,14 @@ def calibrate(testbed: Testbed, user: str) -> dict[str, Any]:
     job, directory = team.submit_study(file)
     wait_for("the calibration's study", lambda: read_summary(directory))
     end_s = wait_for("the end of its job", lambda: time.time() if team.client.job(job).state == "COMPLETED" else None)
+    iteration_ms = 1e3 * json.loads(next(reports.glob("*.json")).read_text())["iteration_s"]
     team.client.cancel(host)
     team.client.wait_job(host, timeout_s=60)
     search, verify = (
         next(b for b in bundle_times(directory) if b.spec.purpose == purpose) for purpose in ("search", "verify")
     )
-    rate = 8 * 4000 / (search.last_result_s - search.admitted_s)
-    usable = 2 * (GAP_MS - 2.5) / ITERATION_MS
+    rate = CALIBRATION_TRIALS * CALIBRATION_STEPS / (search.last_result_s - search.admitted_s)
+    usable = 2 * (GAP_MS - 2.5) / iteration_ms
     overheads = {
         "poll_s": POLL_S,
         "launch_s": round(
@@ -240,6 +244,7 @@ def calibrate(testbed: Testbed, user: str) -> dict[str, Any]:
     return {
         "curve": curve,
         "target_curve": target,
+        "iteration_ms": round(iteration_ms, 3),
         "learning_s": round(max(offered_s - started_s, 0.0), 3),
         "efficiency": round(min(rate / (curve[-1][1] * usable), 1.0), 4),
         "overheads": overheads,
@@ -248,7 +253,8 @@ def calibrate(testbed: Testbed, user: str) -> dict[str, Any]:
 
 def describe_before(calibration: dict[str, Any]) -> dict[str, Any]:
     """The scenario of the replay, made before the run."""
-    learning_s = calibration["learning_s"]
+    learning_s, iteration_ms = calibration["learning_s"], calibration["iteration_ms"]
+    start_up_h = max(learning_s - START_UP_S, 0.0) / 3600
     return {
         "name": "a run of the testbed",
         "partitions": [{"name": "hosts", "nodes": 2, "devices_per_node": 1}],
@@ -265,8 +271,8 @@ def describe_before(calibration: dict[str, Any]) -> dict[str, Any]:
                 "user": plan.team,
                 "devices": 1,
                 "gaps_ms": [GAP_MS, GAP_MS],
-                "iteration_ms": ITERATION_MS,
-                "duration_h": plan.iterations * ITERATION_MS / 3.6e6,
+                "iteration_ms": iteration_ms,
+                "duration_h": plan.iterations * iteration_ms / 3.6e6 + start_up_h,
                 "submit_h": plan.submit_s / 3600,
                 "learning_s": learning_s,
                 "slowdown_source": "assumed: the gate holds it near 0",

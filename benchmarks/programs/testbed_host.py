@@ -13,6 +13,7 @@ import time
 import numpy as np
 
 from hydro_slurm.gate.writer import GateWriter
+from hydro_slurm.hooks.guard import Guard
 from hydro_slurm.hooks.reporter import BubbleReporter
 from hydro_slurm.hooks.slot_reports import SlotIdentity, SlotReports
 from hydro_slurm.model import Device, gate_dir, run_dir, slot_report_dir
@@ -27,7 +28,9 @@ arguments = parser.parse_args()
 node, job_id = os.environ["SLURMD_NODENAME"], int(os.environ["SLURM_JOB_ID"])
 os.sched_setaffinity(0, {arguments.core})
 directory = gate_dir(run_dir(), node, job_id, 0)
-reporter = BubbleReporter(GateWriter.create(directory, stage=0, num_stages=2))
+# A loose bound: a guard that shuts the slot of a busy machine would be measured here, not the replay.
+guard = Guard(max_slowdown=0.5)
+reporter = BubbleReporter(GateWriter.create(directory, stage=0, num_stages=2), guard=guard)
 identity = SlotIdentity(node, job_id, 0, 0, 0, 2, Device(cpus=(arguments.core,)), directory)
 reports = SlotReports(reporter, identity, slot_report_dir(), report_s=1.0)
 reports.start()
