@@ -81,10 +81,9 @@ class _Decision:
         first = True
         while served and (self._grant(served) or first):
             first = False
-            withheld = self._waits_in_vain()
+            needy = self._waits_in_vain()
             for claimant in served:
-                refillable = withheld in (None, claimant.order) or claimant.num_held < claimant.target
-                self.plans[claimant.order] = _Service(claimant, self.granted[claimant.order], refillable)
+                self.plans[claimant.order] = _Service(claimant, self.granted[claimant.order], needy)
             # A claimant that leaves slots unused wants no more; what it leaves is offered to the others.
             served = [
                 claimant
@@ -155,14 +154,14 @@ class _Decision:
         limit = claimant.share.max_slots
         return limit is not None and self.user_slots[claimant.user] >= limit
 
-    def _waits_in_vain(self) -> int | None:
+    def _waits_in_vain(self) -> Claimant | None:
         """The first claimant that waits, holds nothing, was granted nothing, and could run where others do."""
         usable = list({_identity(slot): slot for slot in self.slots.values()}.values())
         for claimant in self.claimants:
             if not claimant.num_waiting or claimant.bundles or claimant.being_left or self.granted[claimant.order]:
                 continue
             if not self._at_limit(claimant) and any(claimant.may_use(slot) for slot in usable):
-                return claimant.order
+                return claimant
         return None
 
 
@@ -175,8 +174,10 @@ def _identity(slot: Slot) -> tuple[object, ...]:
 class _Service:
     """What one claimant does with the slots that it was granted."""
 
-    def __init__(self, claimant: Claimant, granted: Sequence[Slot], refillable: bool) -> None:
-        self.claimant, self.refillable = claimant, refillable
+    def __init__(self, claimant: Claimant, granted: Sequence[Slot], needy: Claimant | None) -> None:
+        self.claimant = claimant
+        gives = needy is not None and needy is not claimant and claimant.num_held >= claimant.target
+        self.needy = needy if gives else None
         self.launches: list[Launch] = []
         self.refills: list[Refill] = []
         self.used: set[str] = set()
@@ -211,13 +212,14 @@ class _Service:
             self.num_promoted_unserved += num_unserved
 
     def _refillable_bundles(self, demand: Demand) -> list[tuple[RunningBundle, float]]:
-        if not self.refillable:
-            return []
-        return [
-            (bundle, speed_of(demand, self.claimant.slots[bundle.slot_id]))
-            for bundle in sorted(
-                self.claimant.bundles, key=lambda bundle: (bundle.num_lanes + bundle.num_waiting, bundle.id)
-            )
-            if (bundle.purpose, bundle.group) == (demand.purpose, demand.group)
-            and bundle.slot_id in self.claimant.slots
-        ]
+        """Bundles of this demand with the speeds of their slots; not those that are to run dry for somebody else."""
+        slots, found = self.claimant.slots, []
+        for bundle in sorted(
+            self.claimant.bundles, key=lambda bundle: (bundle.num_lanes + bundle.num_waiting, bundle.id)
+        ):
+            slot = slots.get(bundle.slot_id)
+            if slot is None or (bundle.purpose, bundle.group) != (demand.purpose, demand.group):
+                continue
+            if self.needy is None or not self.needy.may_use(slot):
+                found.append((bundle, speed_of(demand, slot)))
+        return found

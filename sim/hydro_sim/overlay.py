@@ -247,6 +247,8 @@ class Overlay:
             self._refill(refill)
         for launch in plan.launches:
             self._launch(launch)
+        for bundle in [bundle for bundle in self.bundles.values() if not bundle.lanes and not bundle.finishing]:
+            self._left(bundle)  # it ran dry and gets nothing more
         if plan:
             self._request_decision()  # what has changed may call for more, a period later
 

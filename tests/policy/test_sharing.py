@@ -122,6 +122,15 @@ def test_a_departing_host_gets_only_what_ends_before() -> None:
     )
 
 
+def test_bundles_run_dry_for_who_holds_nothing_but_only_where_that_helps() -> None:
+    slots = [Slot(id="mine", kind="own", study="a"), Slot(id="hole", bubble_s_per_s=0.5)]
+    running = [bundle("b1", "mine", "a", 1), bundle("b2", "hole", "a", 1)]
+    plan = place([demand("a", 6), demand("b", 6)], slots, running)
+    assert {refill.bundle_id for refill in plan.refills} == {"b1"}
+    plan = place([demand("a", 6)], slots, running)
+    assert {refill.bundle_id for refill in plan.refills} == {"b1", "b2"}
+
+
 def test_groups_never_share_a_bundle() -> None:
     demands = [demand("a", 3, group="128"), demand("a", 3, group="256")]
     plan = place(demands, SLOTS[:2], [bundle("b", "s0", "a", 1, group="128")])
