@@ -218,8 +218,8 @@ def calibrate(testbed: Testbed, user: str) -> dict[str, Any]:
         return None
 
     offered_s = wait_for("the calibration's slot", offered)
-    submit_s = time.time()
     job, directory = team.submit_study(file)
+    submit_s = time.time()
     wait_for("the calibration's study", lambda: read_summary(directory))
     end_s = wait_for("the end of its job", lambda: time.time() if team.client.job(job).state == "COMPLETED" else None)
     iteration_ms = 1e3 * json.loads(next(reports.glob("*.json")).read_text())["iteration_s"]
@@ -252,7 +252,7 @@ def calibrate(testbed: Testbed, user: str) -> dict[str, Any]:
 
 
 def describe_before(calibration: dict[str, Any]) -> dict[str, Any]:
-    """The scenario of the replay, made before the run."""
+    """The scenario of the replay, made before the run; the submit times, which it is given too, come later."""
     learning_s, iteration_ms = calibration["learning_s"], calibration["iteration_ms"]
     start_up_h = max(learning_s - START_UP_S, 0.0) / 3600
     return {
@@ -311,6 +311,9 @@ def record_run(output: Path) -> Path:
         user = testbed.ordinary_user()
         before = describe_before(calibrate(testbed, user))
         observed = _observe(testbed, user)
+    for group in ("hosts", "studies"):
+        for each in before[group]:
+            each["submit_h"] = observed[group][each["name"]]["submit_s"] / 3600
     document = {
         "format": "hydro.testbed-run",
         "version": 1,
@@ -331,12 +334,13 @@ def _observe(testbed: Testbed, user: str) -> dict[str, Any]:
     directories: dict[str, Path] = {}
     for plan in sorted((*HOSTS, *STUDIES), key=lambda plan: plan.submit_s):
         time.sleep(max(zero_s + plan.submit_s - time.time(), 0.0))
-        moment_s, team = time.time(), teams[plan.team]
+        team = teams[plan.team]
         if isinstance(plan, HostPlan):
-            submitted[plan.name] = (team, team.submit_host(plan), moment_s)
+            job = team.submit_host(plan)
         else:
+            # This checks the study's file first, which takes seconds: its job is submitted at the end of it.
             job, directories[plan.name] = team.submit_study(files[plan.name])
-            submitted[plan.name] = (team, job, moment_s)
+        submitted[plan.name] = (team, job, time.time())
     ends: dict[str, float] = {}
 
     def all_ended() -> bool:

@@ -90,7 +90,7 @@ def run_points(
     """Run variants over processes.
 
     Returns:
-        Summaries by place in `points`; after Ctrl-C those that were done.
+        Summaries by place in `points`; after Ctrl-C those that were done, or under way then.
     """
     results: dict[int, Row] = {}
     if num_processes == 1 or len(points) == 1:
@@ -112,7 +112,8 @@ def run_points(
                     results[pending.pop(future)] = future.result()
                     done(len(results), len(points))
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)
+            results |= {index: each.result() for each, index in pending.items() if not each.cancelled()}
     return results
 
 
