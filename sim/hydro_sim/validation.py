@@ -8,9 +8,9 @@ else. `observed` has what the cluster and the studies did, and is read after the
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from hydro_sim.results import to_csv
 from hydro_sim.scenario import decode
 from hydro_sim.settings import Scenario
 from hydro_sim.simulation import Simulation, build
-from hydro_slurm.errors import FormatError
+from hydro_slurm.errors import FormatError, SimulationError
 from hydro_slurm.formats import write_text_atomic
 
 FORMAT, VERSION = "hydro.testbed-run", 1
@@ -33,8 +33,8 @@ class Recording:
 
     before: dict[str, Any]
     """A scenario as it would stand in TOML."""
-    hosts: dict[str, dict[str, float]]
-    """By host: submit_s, start_s, end_s, all since the first submission."""
+    hosts: dict[str, dict[str, float | None]]
+    """By host: submit_s, start_s, end_s (null if it ran for longer than was recorded), since a common moment."""
     studies: dict[str, dict[str, float]]
     """By study: submit_s, start_s (first bundle), end_s."""
     trials_per_slot: dict[str, int]
@@ -81,6 +81,8 @@ def validate(path: Path, output: Path) -> Row:
     simulation = replay(recording, path.parent)
     rows = _rows(recording, simulation)
     observed_s = _makespan_s(recording.studies)
+    if not all(study.end_s >= 0 for study in simulation.studies):
+        raise SimulationError(f"{path}: in the replay not all studies end, because their hosts are gone before")
     predicted_s = max(study.end_s for study in simulation.studies) - min(s.submit_s for s in simulation.studies)
     starts = [float(row["start_error_s"]) for row in rows if row["start_error_s"] != ""]
     launched = _trials_per_host(simulation)
@@ -118,23 +120,23 @@ def _rows(recording: Recording, simulation: Simulation) -> list[Row]:
     predicted = {host.id: (host.first_start_s, host.end_s) for host in simulation.hosts}
     predicted |= {study.id: (study.start_s, study.end_s) for study in simulation.studies}
     rows = []
-    for kind, observed in (("host", recording.hosts), ("study", recording.studies)):
+    groups: list[tuple[str, Mapping[str, Mapping[str, float | None]]]] = [
+        ("host", recording.hosts),
+        ("study", recording.studies),
+    ]
+    for kind, observed in groups:
         for name, times in sorted(observed.items()):
-            start_s, end_s = predicted.get(name, (math.nan, math.nan))
-            rows.append(
-                {
-                    "job": name,
-                    "kind": kind,
-                    "submit_s": round(times["submit_s"], 3),
-                    "observed_start_s": round(times["start_s"], 3),
-                    "predicted_start_s": round(start_s, 3),
-                    "start_error_s": round(start_s - times["start_s"], 3) if math.isfinite(start_s) else "",
-                    "observed_end_s": round(times["end_s"], 3),
-                    "predicted_end_s": round(end_s, 3),
-                    "end_error_s": round(end_s - times["end_s"], 3) if math.isfinite(end_s) else "",
-                }
-            )
+            row: Row = {"job": name, "kind": kind, "submit_s": _rounded(times["submit_s"])}
+            for what, value in zip(("start", "end"), predicted.get(name, (None, None)), strict=True):
+                seen = times[f"{what}_s"]
+                row |= {f"observed_{what}_s": _rounded(seen), f"predicted_{what}_s": _rounded(value)}
+                row[f"{what}_error_s"] = "" if seen is None or value is None else _rounded(value - seen)
+            rows.append(row)
     return rows
+
+
+def _rounded(value: float | None) -> float | str:
+    return "" if value is None else round(value, 3)
 
 
 def _trials_per_host(simulation: Simulation) -> dict[str, int]:
