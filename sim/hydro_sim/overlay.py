@@ -266,6 +266,7 @@ class Overlay:
                     sizing=study.sizing,
                     study=study.id,
                     user=study.user,
+                    relative_speed=study.config.relative_speed,
                     waited_s=waited_s,
                     piece_s=piece_s,
                 )
@@ -279,6 +280,7 @@ class Overlay:
                     study=study.id,
                     user=study.user,
                     promoted=True,
+                    relative_speed=study.config.relative_speed,
                     waited_s=waited_s,
                 )
             )
@@ -325,7 +327,7 @@ class Overlay:
             sizing=sizing,
             max_lanes=max_fusion_count(slot.free_bytes, sizing),
             start_s=now_s,
-            speed=slot.bubble_s_per_s,
+            speed=slot.bubble_s_per_s * study.config.relative_speed.get(slot.device_type, 1.0),
             waiting=lanes,
             num_trials=len(lanes),
             updated_s=now_s + self.scenario.overheads.launch_s,

@@ -147,6 +147,8 @@ class StudyConfig:
     """At each rung but the last, the best 1/eta go on (asynchronous successive halving); 0: nothing is pruned."""
     curve: tuple[tuple[int, float], ...] = ((1, 10.0),)
     """Throughput on a device of its own: [fusion count, lane steps per second] from a profile."""
+    relative_speed: dict[str, float] = field(default_factory=dict)
+    """Throughput by device type, relative to the one of the profile; 1 for a type that is not listed."""
     profile: str = ""
     """A profile's file instead of `curve`, relative to the scenario."""
     max_lanes: int = 16

@@ -142,6 +142,17 @@ def test_the_scenario_of_the_paper_runs_and_states_what_it_assumes(
     assert "Assumed: no pruning" in (output / "report.html").read_text()
 
 
+def test_every_scenario_that_comes_with_the_project_is_sound() -> None:
+    from hydro_sim.scenario import read_scenario
+
+    paths = sorted(SCENARIOS.glob("*.toml"))
+    assert [path.name for path in paths] == ["hydro_osdi23.toml", "overlay.toml"]
+    for path in paths:
+        file = read_scenario(path)
+        for changes in file.scenario().variants.values():
+            file.scenario(changes)
+
+
 def test_the_bare_rates_are_reached_with_many_trials(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """With equal bundles everywhere and no end effect, 32 slots at 15 % give 1 + 32 * 0.15."""
     from hydro_sim.variants import Point, run_point

@@ -136,6 +136,38 @@ def test_memory_limits_the_lanes(scenario_file: Write) -> None:
     assert {record.slot.split(".")[1] for record in tight.overlay.records} == {"0", "1", "2"}, "no lane fits stage 3"
 
 
+def test_device_types_go_to_the_studies_that_gain_from_them(scenario_file: Write) -> None:
+    pytest.importorskip("scipy", reason="shares over several device types need SciPy's solver")
+    text = ONE.replace(
+        "partitions = [{ nodes = 5, devices_per_node = 8 }]",
+        'partitions = [{ name = "old", device_type = "old" }, { name = "new", device_type = "new" }]',
+    )
+    text += """
+[[studies]]
+name = "gains"
+user = "other"
+trials = 4
+steps = 1000
+curve = [[1, 1.0]]
+max_lanes = 1
+exclusive_devices = 0
+relative_speed = { new = 5.0 }
+[[hosts]]
+name = "second"
+partition = "new"
+devices = 4
+duration_h = 10.0
+learning_s = 0.0
+"""
+    simulation = run(scenario_file(text), policy__hosts={"min_age_s": 0.0})
+    by_study = {
+        study.id: {record.host for record in simulation.overlay.records if record.study == study.id}
+        for study in simulation.studies
+    }
+    assert by_study == {"study": {"host"}, "gains": {"second"}}
+    assert [study.end_s for study in simulation.studies] == pytest.approx([4000.0, 800.0], abs=2.0)
+
+
 def test_eager_transfer_is_off_unless_asked_for(scenario_file: Write) -> None:
     file = scenario_file()
     eager = run(file, policy__eager_transfer=True)
