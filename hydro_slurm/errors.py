@@ -58,6 +58,14 @@ class SurrogateError(HydroError):
     """A model cannot be shrunk, or its surrogate would not transfer."""
 
 
+class SimulationError(HydroError):
+    """A simulation cannot be set up as it is described."""
+
+
+class TraceError(HydroError):
+    """A trace cannot be read, or says what cannot be."""
+
+
 class FusionError(HydroError):
     """A model or optimizer cannot be fused."""
 

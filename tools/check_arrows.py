@@ -44,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
 
 FOREIGN_ARROWS: dict[str, set[str]] = {
     "hydro_trials": _BASE | {"gate", "log"},
-    "hydro_sim": {"policy", "model", "formats", "config", "clock", "errors"},
+    "hydro_sim": {"policy", "model", "formats", "config", "clock", "errors", "timeline"},
 }
 """For the two other packages, the parts of hydro_slurm that they may import. They never import each other."""
 

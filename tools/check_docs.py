@@ -113,10 +113,10 @@ def make_offences(page: Path, targets: set[str]) -> Iterator[tuple[int, str]]:
 
 
 def command_offences(page: Path, parser: argparse.ArgumentParser) -> Iterator[tuple[int, str]]:
-    """`hydro …` where the command line has no such command or option."""
+    """`hydro …` (or what the parser is for) where the command line has no such command or option."""
     for code in code_of(page.read_text()):
         words = code.text.split()
-        if words and words[0] in {"hydro", ".venv/bin/hydro"}:
+        if words and words[0] in {parser.prog, f".venv/bin/{parser.prog}"}:
             for message in _command_offences(words[1:], parser):
                 yield code.line, f"`{code.text}`: {message}"
 
@@ -170,22 +170,31 @@ def path_offences(path: Path) -> Iterator[tuple[int, str]]:
 
 def command_line_parser(root: Path) -> argparse.ArgumentParser | None:
     """What `hydro` parses its arguments with; None where the checkout has no command line."""
-    if not (root / "hydro_slurm" / "cli" / "main.py").exists():
+    return _parser_of(root, "hydro_slurm/cli/main.py", "hydro_slurm.cli.main")
+
+
+def simulator_parser(root: Path) -> argparse.ArgumentParser | None:
+    """The same of `hydro-sim`."""
+    return _parser_of(root / "sim", "hydro_sim/cli.py", "hydro_sim.cli")
+
+
+def _parser_of(folder: Path, file: str, module: str) -> argparse.ArgumentParser | None:
+    if not (folder / file).exists():
         return None
-    sys.path.insert(0, str(root))
-    parser = importlib.import_module("hydro_slurm.cli.main").make_parser()
+    sys.path.insert(0, str(folder))
+    parser = importlib.import_module(module).make_parser()
     assert isinstance(parser, argparse.ArgumentParser)
     return parser
 
 
-def check(root: Path, parser: argparse.ArgumentParser | None) -> list[str]:
+def check(root: Path, *parsers: argparse.ArgumentParser | None) -> list[str]:
     """All offences, as `file:line: message`."""
     makefile = root / "Makefile"
     targets = set(_TARGET.findall(makefile.read_text())) if makefile.exists() else set()
     offences = []
     for page in pages_of(root):
         found = [*link_offences(page, root), *make_offences(page, targets)]
-        if parser is not None:
+        for parser in filter(None, parsers):
             found += command_offences(page, parser)
         offences += [f"{page.relative_to(root)}:{line}: {message}" for line, message in sorted(found)]
     for path in files_of(root):
@@ -195,7 +204,7 @@ def check(root: Path, parser: argparse.ArgumentParser | None) -> list[str]:
 
 def main() -> int:
     root = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent).resolve()
-    offences = check(root, command_line_parser(root))
+    offences = check(root, command_line_parser(root), simulator_parser(root))
     for offence in offences:
         print(offence)
     print(f"check_docs: {len(offences)} offences in {len(pages_of(root))} pages")

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from hydro_slurm.clock import Clock, SystemClock
 from hydro_slurm.errors import SlurmUnavailableError
-from hydro_slurm.policy import Demand, Finish, Launch, Refill, RunningBundle, Slot, place
+from hydro_slurm.policy import Decider, Demand, Finish, Launch, Refill, RunningBundle, Slot
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ class Reconciler:
         self.interval_s = interval_s
         self.clock = clock or SystemClock()
         self.last_sentence = ""
+        self._decider = Decider()
         self._num_failures = 0
 
     def run_cycle(self) -> str:
@@ -95,7 +96,7 @@ class Reconciler:
 
     def _cycle(self) -> str:
         world = self.backend.read()
-        plan = place(world.demands, world.slots, world.bundles)
+        plan = self._decider.decide(self.clock.wall_s(), world.demands, world.slots, world.bundles)
         for finish in plan.finishes:
             self.backend.finish(finish)
         for refill in plan.refills:

@@ -1,1 +1,1 @@
-"""Trace-driven simulator of bubble sharing. The engine is not part of this version."""
+"""Trace-driven simulator of bubble sharing: the daemon's own policy on a cluster's job history."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hydro_slurm.errors import ConfigError
-from hydro_slurm.policy import Demand, Launch, Refill, RunningBundle, SizingPolicy, Slot, fusion_count, place
+from hydro_slurm.policy import Demand, Launch, Refill, RunningBundle, SizingPolicy, Slot, max_fusion_count, place
 
 
 def demand(num_waiting: int, max_lanes: int = 8, purpose: str = "search") -> Demand:
@@ -64,9 +64,9 @@ def test_demands_are_served_in_order() -> None:
 
 def test_memory_limits_the_fusion_count() -> None:
     sizing = SizingPolicy(max_lanes=64, lane_bytes=100, memory_share=0.5)
-    assert fusion_count(50, 1, 1000, sizing) == 5
-    assert fusion_count(50, 1, 100, sizing) == 0
-    assert fusion_count(50, 1, 0, sizing) == 50  # memory unknown
+    assert max_fusion_count(1000, sizing) == 5
+    assert max_fusion_count(100, sizing) == 0
+    assert max_fusion_count(0, sizing) == 64  # memory unknown
 
 
 def test_bad_limits_are_refused() -> None:

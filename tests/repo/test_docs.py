@@ -37,7 +37,8 @@ def make_tree(root: Path, readme: str) -> Path:
 
 
 def test_this_checkout_is_sound(root: Path) -> None:
-    assert check_docs.check(root, check_docs.command_line_parser(root)) == []
+    parsers = (check_docs.command_line_parser(root), check_docs.simulator_parser(root))
+    assert check_docs.check(root, *parsers) == []
 
 
 @pytest.mark.parametrize(
