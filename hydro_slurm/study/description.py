@@ -94,6 +94,8 @@ class StudyRecord:
     """Variables that the controller and its bundles are given."""
     knee_lanes: int = 0
     """The fusion count beyond which more lanes bring no throughput, as measured at submission; 0 if unknown."""
+    throughput: tuple[tuple[float, ...], ...] = ()
+    """Pairs of fusion count and surrogate lane steps per second, as measured at submission."""
     separates: tuple[str, ...] = ()
     """Hyperparameters in which the trials of a bundle must agree, as found at submission."""
     lane_bytes: int = 0

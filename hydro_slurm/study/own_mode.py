@@ -13,7 +13,7 @@ from hydro_slurm.clock import Clock
 from hydro_slurm.daemon import World
 from hydro_slurm.errors import SlurmError, SlurmUnavailableError
 from hydro_slurm.model import BundleSlot, BundleSpec, Device, InboxMessage, LaneSpec, SlotReport, TrialResult
-from hydro_slurm.policy import Demand, Finish, Launch, Refill, RunningBundle, SizingPolicy, Slot
+from hydro_slurm.policy import Demand, Finish, Launch, Refill, RunningBundle, SizingPolicy, Slot, ThroughputCurve
 from hydro_slurm.slurm import StepProcess
 from hydro_slurm.study.bundle_files import BundleFiles
 from hydro_slurm.study.description import StudyRecord
@@ -218,7 +218,10 @@ class OwnModeBackend:
     def _sizing(self, purpose: str) -> SizingPolicy:
         record = self.record
         lane_bytes = record.lane_bytes if purpose == "search" else record.target_lane_bytes
-        return SizingPolicy(max_lanes=self._max_lanes(purpose), lane_bytes=lane_bytes)
+        curve = None
+        if purpose == "search" and record.throughput:
+            curve = ThroughputCurve(tuple((round(lanes), rate) for lanes, rate in record.throughput))
+        return SizingPolicy(max_lanes=self._max_lanes(purpose), lane_bytes=lane_bytes, curve=curve)
 
     def _max_lanes(self, purpose: str) -> int:
         description = self.record.description

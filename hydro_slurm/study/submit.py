@@ -73,6 +73,7 @@ def prepare_study(
         python=sys.executable,
         environment=recorded_environment(),
         knee_lanes=1 if "general" in profile.refused else profile.knee_lanes,
+        throughput=tuple((point.lanes, point.lane_steps_per_s) for point in profile.points),
         separates=tuple(found["separates"]),
         lane_bytes=profile.lane_bytes,
         target_lane_bytes=_target_lane_bytes(profile, found["num_parameters"]),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from hydro_sim.settings import StudyConfig
+from hydro_slurm import formats
 from hydro_slurm.errors import ConfigError, FormatError
+from hydro_slurm.model import Profile
 from hydro_slurm.policy import SizingPolicy, ThroughputCurve
-
-FORMAT, VERSION = "hydro.profile", 1
 
 
 def read_profile(path: Path) -> tuple[ThroughputCurve, int]:
@@ -19,17 +18,13 @@ def read_profile(path: Path) -> tuple[ThroughputCurve, int]:
         FormatError: It cannot be read, or is no profile.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        found = (document.get("format"), document.get("version"))
-        if found != (FORMAT, VERSION):
-            raise FormatError(f"{path}: got format {found[0]!r} version {found[1]!r}, needed {FORMAT!r} {VERSION}")
-        points = sorted((int(point["lanes"]), float(point["lane_steps_per_s"])) for point in document["points"])
-        lane_bytes = max(int(point.get("lane_bytes", 0)) // int(point["lanes"]) for point in document["points"])
-        return ThroughputCurve(tuple(points)), lane_bytes
+        profile = formats.read_record(Profile, path)
+        curve = ThroughputCurve(tuple((point.lanes, point.lane_steps_per_s) for point in profile.points))
     except OSError as error:
         raise FormatError(f"cannot read the profile {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+    except ConfigError as error:
         raise FormatError(f"{path}: not a profile: {error}") from None
+    return curve, profile.lane_bytes
 
 
 def sizing_of(config: StudyConfig, folder: Path) -> SizingPolicy:
