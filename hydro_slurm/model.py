@@ -141,6 +141,9 @@ class BundleSpec:
     """Steps after which a lane is evaluated; the last one is its budget."""
     slot: BundleSlot
     memory_cap_bytes: Optional[int] = None
+    """What the process may hold; coming close to it halves the lanes."""
+    quantum_ms: Optional[float] = None
+    """Longest time between two boundaries that the slot's bubbles have room for."""
     checkpoint_every_s: float = 30.0
     idle_exit_s: float = 60.0
     """A bundle without lanes waits this long for a refill, then exits 0."""
@@ -262,7 +265,8 @@ class Profile:
     refused: dict[str, str]
     """Ways that the model cannot be run, with the reason."""
     knee_lanes: int
-    """The smallest fusion count with at least 95 % of the best throughput, within the limits."""
+    """The smallest fusion count with at least 95 % of the best throughput, within the limits; 0 where measuring was cut
+    short."""
     base_bytes: int
     """Memory before any lane."""
     lane_bytes: int

@@ -13,9 +13,6 @@ from hydro_slurm.model import LaneSpec
 
 Group = tuple[Any, ...]
 
-ASKS_PER_LANE = 4
-"""How many new trials are made, at most, to find one that fits a group; the others wait for a bundle of their own."""
-
 
 def group_of(lane: LaneSpec, separates: Sequence[str]) -> Group:
     """What a trial must agree in with the others in its bundle."""
@@ -31,6 +28,9 @@ def take_alike(
 ) -> list[LaneSpec]:
     """Take up to `count` trials of one group; the others stay in `waiting`, in their order.
 
+    Trials are made only while fewer than `count` wait that do not fit: a sampler learns nothing from those it is asked
+    for ahead.
+
     Args:
         waiting: Trials that wait; what is taken is removed.
         count: How many are wanted.
@@ -40,14 +40,9 @@ def take_alike(
     """
     taken: list[LaneSpec] = []
     others: deque[LaneSpec] = deque()
-    num_asks = ASKS_PER_LANE * count
     while len(taken) < count:
-        lane: LaneSpec | None
-        if waiting:
-            lane = waiting.popleft()
-        else:
-            lane = ask() if num_asks > 0 else None
-            num_asks -= 1
+        may_ask = len(others) < count
+        lane = waiting.popleft() if waiting else ask() if may_ask else None
         if lane is None:
             break
         group = group_of(lane, separates) if group is None else group

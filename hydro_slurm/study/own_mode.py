@@ -115,6 +115,7 @@ class OwnModeBackend:
             lanes=tuple(lanes),
             rungs=description.rungs if launch.purpose == "search" else description.rungs[-1:],
             slot=self._bundle_slot(launch.slot_id),
+            quantum_ms=self._quantum_ms(launch.slot_id),
             memory_cap_bytes=None if launch.slot_id == "own" else settings.bundle_mem_mib << 20,
             checkpoint_every_s=settings.checkpoint_every_s,
             timeline=settings.timeline,
@@ -268,6 +269,11 @@ class OwnModeBackend:
             job_id=report.job_id,
             local_rank=report.local_rank,
         )
+
+    def _quantum_ms(self, name: str) -> float | None:
+        """Half of a short bubble: a longer quantum could begin in few of them."""
+        gap_ms = self._reports[name].gap_quantiles_ms.get("p25") if name in self._reports else None
+        return gap_ms / 2 if gap_ms else None
 
     def _describe(self, bundle: _Bundle) -> RunningBundle:
         num_lanes = min(len(bundle.trials), bundle.max_lanes)

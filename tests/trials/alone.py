@@ -60,7 +60,7 @@ def train_alone(
 ) -> nn.Module:
     """Train one trial by itself for `num_steps` updates."""
     values = resolve_hyperparameters(study.optimizer, study.schedule, study.fixed, params)
-    model = surrogate.make(derive_seed(seed, "init"))
+    model = surrogate.make(derive_seed(seed, "init")).train()
     groups = []
     for name, parameter in model.named_parameters():
         rule = surrogate.rules[name]
@@ -92,7 +92,7 @@ def train_alone(
 
 def clip(parameters: list[Tensor], values: dict[str, float]) -> None:
     """torch's own clipping, where the trial asks for it."""
-    if values.get("clip_value"):
-        nn.utils.clip_grad_value_(parameters, values["clip_value"])
     if values.get("clip_norm"):
         nn.utils.clip_grad_norm_(parameters, values["clip_norm"])
+    if values.get("clip_value"):
+        nn.utils.clip_grad_value_(parameters, values["clip_value"])

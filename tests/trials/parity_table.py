@@ -323,7 +323,7 @@ OPTIMIZERS = [
         {"lr": 0.1, "clip_norm": 0.1},
         {"lr": 0.1, "clip_value": 0.01},
         {"lr": 0.1},
-        {"lr": 0.1, "clip_norm": 100.0},
+        {"lr": 0.1, "clip_norm": 1.0, "clip_value": 0.1},
         optimizer="sgd",
     ),
     with_lanes("accumulation", {"lr": 1e-2}, {"lr": 3e-3}, {"lr": 2e-3}, {"lr": 5e-3}, accumulate=3),

@@ -62,16 +62,20 @@ def assert_same_bits(one: FusedTrainer, other: FusedTrainer, trials: list[int]) 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop", "adagrad", "lion"])
 @pytest.mark.parametrize("trouble", [{"lr": 1e30}, {"lr": 1e4}, {"lr": 0.01, "clip_norm": 1e-30}])
+@pytest.mark.parametrize("kind", ["general", "fast"])
 def test_a_lane_in_trouble_leaves_the_others_their_bits(
-    make_study: MakeStudy, data: hydro.Data, model: str, optimizer: str, trouble: dict[str, float]
+    make_study: MakeStudy, data: hydro.Data, model: str, optimizer: str, trouble: dict[str, float], kind: str
 ) -> None:
     """Not a number, infinite, exploding, or clipped to nothing."""
     space = {"lr": hydro.Float(1e-5, 1, log=True), "clip_norm": hydro.Float(0, 10), "clip_value": hydro.Float(0, 10)}
     study = make_study(build=lambda width: MODELS[model](), optimizer=optimizer, space=space)
     calm: dict[str, float] = {"lr": 0.01}
     others = [{"lr": 0.003, "clip_norm": 1.0}, {"lr": 0.02, "clip_value": 0.1}]
-    healthy = run(make_trainer(study, data, [others[0], calm, others[1]]), 12)
-    sick = run(make_trainer(study, data, [others[0], trouble, others[1]]), 12)
+    healthy = make_trainer(study, data, [others[0], calm, others[1]])
+    sick = make_trainer(study, data, [others[0], trouble, others[1]])
+    for trainer in (healthy, sick):
+        trainer.use(kind)
+        run(trainer, 12)
     assert_same_bits(sick, healthy, [0, 2])
     weight = "0.weight" if model == "norms and dropout" else "1.weight"
     assert not torch.equal(sick.state(1).parameters[weight], healthy.state(1).parameters[weight]), "no trouble at all"
@@ -103,7 +107,8 @@ def build_drawn(depth: int, width: int, dropout: float, normed: bool) -> nn.Modu
     width=st.integers(1, 9),
     dropout=st.sampled_from([0.0, 0.3]),
     normed=st.booleans(),
-    optimizer=st.sampled_from(["sgd", "adam", "adamw", "rmsprop", "adagrad"]),
+    optimizer=st.sampled_from(["sgd", "adam", "adamw", "rmsprop", "adagrad", "lion"]),
+    kind=st.sampled_from(["general", "fast", "separate"]),
     lrs=st.lists(st.floats(1e-4, 1e-1), min_size=1, max_size=5),
     stops=st.lists(st.integers(1, 12), min_size=5, max_size=5),
     decay=st.sampled_from([0.0, 0.01]),
@@ -115,6 +120,7 @@ def test_any_lanes_that_stop_at_any_time_equal_trials_by_themselves(
     dropout: float,
     normed: bool,
     optimizer: str,
+    kind: str,
     lrs: list[float],
     stops: list[int],
     decay: float,
@@ -139,6 +145,7 @@ def test_any_lanes_that_stop_at_any_time_equal_trials_by_themselves(
     )
     samples = data()
     trainer = make_trainer(study, samples, [])
+    trainer.use(kind)
     for trial, lr in enumerate(lrs):
         values = resolve_hyperparameters(optimizer, "constant", study.fixed, {"lr": lr})
         trainer.admit(trial, trial, values)

@@ -28,6 +28,33 @@ class Centred(nn.Module):
         return x - x.mean(dim=0)
 
 
+class Gated(nn.Module):
+    """Mixes samples through a gate that is shut at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gate * x.mean(dim=0)
+
+
+class Averaging(nn.Module):
+    """Keeps a running mean, and does not use it yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.lerp_(x.detach().mean(dim=0), 0.1)  # type: ignore[operator]
+        return x
+
+
+def ignoring(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output, target, ignore_index=2)
+
+
 def weighted(output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(output, target, weight=torch.tensor([1.0, 5.0, 1.0, 1.0, 1.0]))
 
@@ -43,7 +70,10 @@ def summed(output: Tensor, target: Tensor) -> Tensor:
         (nn.BatchNorm1d(12), nn.functional.cross_entropy, r"module 0 \(BatchNorm1d\) normalises over the samples"),
         (Centred(), nn.functional.cross_entropy, "depends on the others"),
         (nn.Dropout(0.5), nn.functional.cross_entropy, "draws random numbers"),
+        (Averaging(), nn.functional.cross_entropy, "computes its buffer 0.mean from a whole batch"),
+        (Gated(), nn.functional.cross_entropy, "depends on the others"),
         (nn.ReLU(), weighted, "not the mean of its samples"),
+        (nn.ReLU(), ignoring, "not the mean of its samples"),
         (nn.ReLU(), summed, "not the mean of its samples"),
     ],
 )
@@ -84,7 +114,8 @@ def test_new_trials_of_other_groups_are_kept_for_bundles_of_their_own() -> None:
         return lane(number, 8 if number % 3 == 0 else 16) if number < 7 else None
 
     waiting: deque[LaneSpec] = deque()
-    assert [each.trial for each in take_alike(waiting, 3, ("batch_size",), None, ask)] == [0, 3, 6]
-    assert [each.trial for each in waiting] == [1, 2, 4, 5]
+    assert [each.trial for each in take_alike(waiting, 3, ("batch_size",), None, ask)] == [0, 3]
+    assert [each.trial for each in waiting] == [1, 2, 4], "no more are asked for ahead than a bundle of them"
     assert take_alike(waiting, 3, ("batch_size",), (8,), ask) == []
-    assert len(waiting) == 4
+    assert [each.trial for each in take_alike(waiting, 4, ("batch_size",), (16,), ask)] == [1, 2, 4, 5]
+    assert [each.trial for each in take_alike(waiting, 4, ("batch_size",), (8,), ask)] == [6]

@@ -186,6 +186,13 @@ def test_check_says_what_the_surrogate_is_and_what_it_costs() -> None:
     assert 4522 * 4 * 3 < profile["lane_bytes"] < 64 << 20, "a lane holds weights and two moments at least"
 
 
+def test_check_as_text_shows_parameters_and_the_profile() -> None:
+    text = check_study(EXAMPLE, as_json=False)
+    assert "parameters:" in text
+    assert "lane steps/s" in text
+    assert "knee at F=" in text
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [

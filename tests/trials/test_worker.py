@@ -35,6 +35,7 @@ from hydro_trials.planner import Limits
 from hydro_trials.runtime import startup, worker
 from hydro_trials.runtime.bundle_dir import BundleDir
 from hydro_trials.runtime.checkpoints import list_checkpoints, read_checkpoint
+from hydro_trials.runtime.plan import LanePlan
 from hydro_trials.runtime.profile import profile_study
 from hydro_trials.runtime.train import train
 
@@ -391,7 +392,7 @@ def test_out_of_memory_halves_the_lanes_and_goes_on(make_bundle: Callable[..., P
     assert [e["max_lanes"] for e in events_of(short) if e["event"] == "resized"] == [2]
     progress = formats.read_record(BundleProgress, short / "progress.json")
     assert progress.max_lanes == 2
-    assert "out of memory with 4 lanes" in progress.warning
+    assert "4 lanes are too many, half of them go on: out of memory" in progress.warning
     assert values_of(short) == values_of(plenty)
 
 
@@ -470,6 +471,27 @@ def test_a_bundle_is_resized_by_message(make_bundle: Callable[..., Path]) -> Non
     assert train(small) == train(plenty) == 0
     assert values_of(small) == values_of(plenty)
     assert formats.read_record(BundleProgress, small / "progress.json").max_lanes == 1
+
+
+def test_coming_close_to_the_cap_sheds_lanes_once_not_again_and_again(
+    make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = {"bytes": 900}
+    given_back: list[int] = []
+    monkeypatch.setattr(worker, "resident_bytes", lambda device: held["bytes"])
+
+    def give_back(device: torch.device) -> None:
+        given_back.append(held["bytes"])
+        held["bytes"] = 500 if len(given_back) > 1 else 900  # the first time nothing is free: lanes hold it all
+
+    monkeypatch.setattr(worker, "give_back_free", give_back)
+    monkeypatch.setattr(LanePlan, "most_lanes", lambda self, spec: spec.max_lanes)
+    directory = make_bundle(lanes=tuple(lane(trial) for trial in range(4)), memory_cap_bytes=800)
+    assert train(directory) == 0
+    assert [e["max_lanes"] for e in events_of(directory) if e["event"] == "resized"] == [2]
+    assert (
+        "holding 900 bytes, the cap is 800" in formats.read_record(BundleProgress, directory / "progress.json").warning
+    )
 
 
 def test_results_wait_while_the_disk_refuses_them(

@@ -220,6 +220,8 @@ class Study:
                 raise StudyError(
                     f"Study.space[{name!r}]: got Float, needed Categorical([False, True]): it is on or off"
                 )
+            if name == "batch_size" and isinstance(distribution, FloatDistribution):
+                raise StudyError("Study.space['batch_size']: got Float, needed Int or Categorical")
             for value in _extremes(distribution):
                 check_value(name, value, self.schedule)
         for name, value in self.fixed.items():

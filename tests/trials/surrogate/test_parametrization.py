@@ -335,7 +335,8 @@ def decay_shares(
 
 def test_adam_s_decay_shrinks_alike_at_every_width(make_study: MakeStudy, data: hydro.Data) -> None:
     """Adam divides its L2 term by the gradient's size: the coefficient of input weights must grow with S."""
-    study = make_study(build=build_mlp, optimizer="adam")
+    space = {"lr": hydro.Float(1e-4, 1e-1), "weight_decay": hydro.Float(0, 1)}
+    study = make_study(build=build_mlp, optimizer="adam", space=space, data_order="per_trial")
     shares = decay_shares(study, data, lambda surrogate: surrogate)
     assert max(shares["0.weight"]) < 1.3 * min(shares["0.weight"])
     assert max(shares["2.weight"]) < 2 * min(shares["2.weight"])

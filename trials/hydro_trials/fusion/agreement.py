@@ -55,10 +55,13 @@ def check_agreement(
         reason = " ".join(str(error).split())[:200]
         raise FusionError(f"{path} fails where the general one does not: {reason}") from error
     _compare(path, "losses", losses_F, expected_losses_F, tolerance)
-    largest = [g.detach().abs().reshape(batch.num_lanes, -1).amax(1) for g in expected if g.numel()]
+    largest = [g.detach().abs().reshape(batch.num_lanes, -1).amax(1) for g in expected if g is not None and g.numel()]
     scale_F = torch.stack(largest).amax(0)
     for name, gradient, other in zip(parameters, gradients, expected, strict=True):
-        _compare(path, f"gradients of {name}", gradient, other, tolerance, scale_F)
+        if gradient is not None and other is not None:
+            _compare(path, f"gradients of {name}", gradient, other, tolerance, scale_F)
+        elif gradient is not other:
+            raise FusionError(f"{path} disagrees with the general one on whether {name} is used")
     for name, buffer in own.items():
         _compare(path, f"buffer {name}", buffer, theirs[name], tolerance)
 

@@ -19,7 +19,7 @@ from hydro_trials.fusion import sites
 from hydro_trials.fusion.batch import LaneBatch, Tree, call_model
 from hydro_trials.fusion.fast import FastProgram
 from hydro_trials.fusion.general import GeneralProgram
-from hydro_trials.fusion.program import COMPILED, Check, Loss, Program, check_scalar, lower_precision
+from hydro_trials.fusion.program import COMPILED, Check, Gradients, Loss, Program, check_scalar, lower_precision
 
 State = dict[str, Tensor]
 
@@ -76,7 +76,7 @@ class CompiledProgram:
 
     def gradients(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: LaneBatch
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Gradients]:
         """See `Program`. The first call, and each with other shapes, compiles.
 
         Raises:
@@ -90,7 +90,7 @@ class CompiledProgram:
         losses_F = _compiled(lambda: self._losses(*state))
         self._check(sites.BACKWARD)
         leaves = list(parameters.values())
-        gradients = _compiled(lambda: torch.autograd.grad(losses_F.sum(), leaves, materialize_grads=True))
+        gradients = _compiled(lambda: torch.autograd.grad(losses_F.sum(), leaves, allow_unused=True))
         return losses_F.detach(), gradients
 
     def outputs(

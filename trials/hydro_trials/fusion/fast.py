@@ -21,7 +21,7 @@ from hydro_trials.fusion.batch import LaneBatch, Tree, call_model, concatenate
 from hydro_trials.fusion.folding import LANE_MAJOR, SHARED, Value
 from hydro_trials.fusion.intercept import lane_functions
 from hydro_trials.fusion.lane_ops import Pass
-from hydro_trials.fusion.program import FAST, Check, Loss, boundary_modules, check_scalar, lower_precision
+from hydro_trials.fusion.program import FAST, Check, Gradients, Loss, boundary_modules, check_scalar, lower_precision
 from hydro_trials.fusion.randomness import LaneGenerators
 from hydro_trials.fusion.tracing import LaneGraph, state_names
 
@@ -67,11 +67,11 @@ class FastProgram:
 
     def gradients(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: LaneBatch
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Gradients]:
         """See `Program`."""
         losses_F = self.losses(parameters, buffers, batch)
         self._check(sites.BACKWARD)
-        gradients = torch.autograd.grad(losses_F.sum(), list(parameters.values()), materialize_grads=True)
+        gradients = torch.autograd.grad(losses_F.sum(), list(parameters.values()), allow_unused=True)
         return losses_F.detach(), gradients
 
     def losses(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: LaneBatch) -> Tensor:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from hydro_trials.fusion import sites
 from hydro_trials.fusion.batch import LaneBatch, Tree, call_model, concatenate
 from hydro_trials.fusion.intercept import lane_functions
 from hydro_trials.fusion.lower_precision import LanePrecision
-from hydro_trials.fusion.program import GENERAL, Boundaries, Check, Loss, check_scalar
+from hydro_trials.fusion.program import GENERAL, Boundaries, Check, Gradients, Loss, check_scalar
 from hydro_trials.fusion.randomness import LaneGenerators
 from hydro_trials.fusion.refusal import refusal
 
@@ -56,6 +56,7 @@ class GeneralProgram:
         self._precision = None if dtype is None else LanePrecision(dtype, self._device)
         self._generators: LaneGenerators | None = LaneGenerators(self._device)
         self._is_intercepted = False
+        self._output: tuple[list[tuple[Any] | None], Any] = ([], None)
 
     def set_check(self, check: Check) -> None:
         """Have another gate asked at the boundaries."""
@@ -63,7 +64,7 @@ class GeneralProgram:
 
     def gradients(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: LaneBatch
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Gradients]:
         """See `Program`.
 
         Raises:
@@ -74,7 +75,7 @@ class GeneralProgram:
         with self._explained(lambda: self._losses(dict(parameters), _copied(buffers), batch)):
             losses_F = self._losses(dict(parameters), dict(buffers), batch)
             self.boundaries.check(sites.BACKWARD)
-            gradients = torch.autograd.grad(losses_F.sum(), list(parameters.values()), materialize_grads=True)
+            gradients = torch.autograd.grad(losses_F.sum(), list(parameters.values()), allow_unused=True)
         if not self._is_intercepted:
             self._generators = None  # the model calls nothing of the kind: no need to look at its every call
         return losses_F.detach(), gradients
@@ -97,11 +98,13 @@ class GeneralProgram:
             x_B = _pick(x_N, chunks, number)
             self.boundaries.check(sites.EVALUATE)
 
-            def run(x_B: Tree = x_B) -> Tree:
-                return vmap(self._lane_output)(dict(parameters), dict(buffers), _for_all(x_B, len(seeds)), lanes_F)
+            def run(x_B: Tree = x_B) -> tuple[Tensor, ...]:
+                lanes = vmap(self._lane_output)
+                found: tuple[Tensor, ...] = lanes(dict(parameters), dict(buffers), _for_all(x_B, len(seeds)), lanes_F)
+                return found
 
             with self._explained(run):
-                parts.append(run())
+                parts.append(self._whole_output(run()))
         return concatenate(parts, dim=1)
 
     def _losses(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: LaneBatch) -> Tensor:
@@ -113,9 +116,19 @@ class GeneralProgram:
             return vmap(self._lane_loss)(parameters, buffers, x_FB, y_FB, lanes_F)
         return vmap(self._weighted_loss)(parameters, buffers, x_FB, y_FB, lanes_F, batch.weights_FB)
 
-    def _lane_output(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x_B: Tree, lane: Tensor) -> Any:
+    def _lane_output(
+        self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x_B: Tree, lane: Tensor
+    ) -> tuple[Tensor, ...]:
         with lane_functions(lane, self._generators):
-            return self._forward(parameters, buffers, x_B)
+            leaves, spec = tree_flatten(self._forward(parameters, buffers, x_B))
+        self._output = ([None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves], spec)
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    def _whole_output(self, tensors: tuple[Tensor, ...]) -> Tree:
+        """The model's output again, with its parts that are no tensors."""
+        others, spec = self._output
+        rest = iter(tensors)
+        return tree_unflatten([next(rest) if other is None else other[0] for other in others], spec)
 
     def _forward(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x_B: Tree) -> Any:
         state = {**parameters, **buffers}

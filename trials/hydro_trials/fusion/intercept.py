@@ -148,6 +148,29 @@ def _embedding(
     return torch.where(is_padding, rows.detach(), rows)
 
 
+def _gumbel_softmax(
+    mode: LaneFunctions,
+    func: Callable[..., Any],
+    logits: Tensor,
+    tau: float = 1,
+    hard: bool = False,
+    eps: float = 1e-10,
+    dim: int = -1,
+) -> Tensor:
+    noise = -mode.draw(_exponential, tuple(logits.shape), logits.dtype, logits.device).log()
+    soft = ((logits + noise) / tau).softmax(dim)
+    if not hard:
+        return soft
+    chosen = torch.zeros_like(logits).scatter(dim, soft.max(dim, keepdim=True)[1], 1.0)
+    return chosen - soft.detach() + soft
+
+
+def _exponential(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device).exponential_(generator=generator)
+
+
 def _lstm_cell(
     mode: LaneFunctions,
     func: Callable[..., Any],
@@ -237,6 +260,7 @@ _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.alpha_dropout: _dropout(None, alpha=True),
     F.feature_alpha_dropout: _dropout(2, alpha=True),
     F.embedding: _embedding,
+    F.gumbel_softmax: _gumbel_softmax,
     torch.lstm_cell: _lstm_cell,
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _composite,

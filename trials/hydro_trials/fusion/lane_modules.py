@@ -57,12 +57,15 @@ def _transposed(module: Any, names: Names) -> Handler:
 
 def _batch_norm(num_ranks: tuple[int, ...]) -> Maker:
     def make(module: Any, names: Names) -> Handler:
+        is_training = module.training  # a model may hold it in evaluation mode while it trains
+
         def call(run: Pass, x: Value) -> Value:
             if x.rank not in num_ranks:
                 raise FusionError(f"{type(module).__name__} got {x.rank} dimensions, needed {num_ranks}")
             momentum = module.momentum
-            uses_batch = run.training or module.running_mean is None
-            if run.training and "num_batches_tracked" in names:
+            trains = run.training and is_training
+            uses_batch = trains or module.running_mean is None
+            if trains and "num_batches_tracked" in names:
                 num_F = run.state[names["num_batches_tracked"]]
                 num_F.add_(1)
                 if momentum is None:
@@ -118,7 +121,11 @@ def _leaky(x: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
 
 
 def _dropout(handler: Handler) -> Maker:
-    return lambda module, names: lambda run, x: handler(run, x, module.p, run.training)
+    def make(module: Any, names: Names) -> Handler:
+        is_training = module.training
+        return lambda run, x: handler(run, x, module.p, run.training and is_training)
+
+    return make
 
 
 def _same(module: nn.Module, names: Names) -> Handler:

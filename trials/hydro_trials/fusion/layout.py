@@ -47,7 +47,9 @@ class FlatLayout:
             if not parameter.requires_grad:
                 continue
             dtype = dtype or parameter.dtype
-            if parameter.dtype != dtype or not dtype.is_floating_point:
+            if not parameter.dtype.is_floating_point:
+                raise FusionError(f"parameter {name} is {parameter.dtype}; lanes need a floating-point type")
+            if parameter.dtype != dtype:
                 raise FusionError(
                     f"parameter {name} is {parameter.dtype}, others are {dtype}: lanes need one floating-point type; "
                     "convert the model with .to(torch.float32) in build(width)"

@@ -26,6 +26,9 @@ Loss = Callable[[Any, Any], Tensor]
 GENERAL, FAST, COMPILED, SEPARATE = "general", "fast", "compiled", "separate"
 """Ways of running lanes: under vmap; with batched kernels; those compiled; one lane after the other."""
 
+Gradients = tuple[Tensor | None, ...]
+"""One for each parameter, in their order; None for one that the loss does not depend on, which then stays as it is."""
+
 PRECISIONS: dict[str, torch.dtype | None] = {"full": None, "bf16": torch.bfloat16}
 """What forward and backward compute in; parameters and optimizer state keep their own type."""
 
@@ -40,7 +43,7 @@ class Program(Protocol):
 
     def gradients(
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: LaneBatch
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Gradients]:
         """Losses [F], and the gradient of each lane's own loss for each of `parameters`, in their order.
 
         Args:

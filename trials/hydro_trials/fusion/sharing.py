@@ -6,6 +6,8 @@ masking, unless the model or its loss ties the samples of a batch together: then
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -15,7 +17,7 @@ from hydro_trials.fusion.intercept import lane_functions
 from hydro_trials.fusion.randomness import LaneGenerators
 from hydro_trials.study import Data, Study
 
-NUM_PROBES = 4
+NUM_PROBES, PROBE_SAMPLES = 8, 64
 TOLERANCE = 1e-4
 """Largest relative difference that rounding may make."""
 
@@ -42,7 +44,12 @@ def reason_against_mixing(study: Study, module: nn.Module, data: Data) -> str:
     module.train()
     try:
         with torch.no_grad():
-            return _draws(module, data) or _mixes(module, data) or _is_no_mean(study, module, data)
+            return (
+                _draws(module, data)
+                or _updates_buffers(module, data)
+                or _mixes(module, data)
+                or _is_no_mean(study, module, data)
+            )
     finally:
         with torch.no_grad():
             for name, buffer in module.named_buffers():
@@ -61,13 +68,25 @@ def _draws(module: nn.Module, data: Data) -> str:
     return ""
 
 
+def _updates_buffers(module: nn.Module, data: Data) -> str:
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    call_model(module, _samples(data, 0)[0])
+    for name, buffer in module.named_buffers():
+        if buffer.is_floating_point() and not torch.equal(buffer, before[name]):
+            return f"the model computes its buffer {name} from a whole batch"
+    return ""
+
+
 def _mixes(module: nn.Module, data: Data) -> str:
+    module = copy.deepcopy(module)
+    for parameter in module.parameters():  # away from the beginning, where a gate may still be shut
+        parameter.add_(torch.randn_like(parameter) * (0.1 * parameter.std(correction=0) + 0.2))
     x_B, _ = _samples(data, 0)
     other_B, _ = _samples(data, 1)
-    changed_B = tree_map(lambda own, other: torch.cat([own[:-1], other[-1:]]), x_B, other_B)
+    changed_B = tree_map(lambda own, other: torch.cat([own[:1], other[1:]]), x_B, other_B)
     outputs = [tree_leaves(call_model(module, inputs)) for inputs in (x_B, changed_B)]
     for own, changed in zip(*outputs, strict=True):
-        if isinstance(own, Tensor) and not _is_close(own[:-1], changed[:-1]):
+        if isinstance(own, Tensor) and not _is_close(own[:1], changed[:1]):
             return "the model's output for one sample depends on the others in its batch"
     return ""
 
@@ -89,7 +108,7 @@ def _is_no_mean(study: Study, module: nn.Module, data: Data) -> str:
 def _samples(data: Data, probe: int) -> tuple[Tree, Tree]:
     x_N, y_N = data.train
     count = len(tree_leaves(x_N)[0])
-    index = torch.randperm(count, generator=torch.Generator().manual_seed(probe))[: min(8, count)]
+    index = torch.randperm(count, generator=torch.Generator().manual_seed(probe))[: min(PROBE_SAMPLES, count)]
     return take(x_N, index), take(y_N, index)
 
 

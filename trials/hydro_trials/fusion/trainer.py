@@ -10,23 +10,23 @@ Shape suffixes: F = lanes, B = samples per lane, P = values per row, N = samples
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from hydro_slurm.errors import FusionError
+from hydro_slurm.errors import FusionError, HydroError
 from hydro_trials.fusion import sites
 from hydro_trials.fusion.agreement import check_agreement, tolerance_of
-from hydro_trials.fusion.batch import num_samples
+from hydro_trials.fusion.batch import call_model, num_samples
 from hydro_trials.fusion.fast import FastProgram
 from hydro_trials.fusion.general import GeneralProgram
 from hydro_trials.fusion.lanes import Lane, LaneStack, LaneState
 from hydro_trials.fusion.layout import FlatLayout
 from hydro_trials.fusion.optimizers import FusedOptimizer
-from hydro_trials.fusion.program import GENERAL, PRECISIONS, SEPARATE, Check, Program
+from hydro_trials.fusion.program import GENERAL, PRECISIONS, SEPARATE, Check, Gradients, Program
 from hydro_trials.fusion.programs import make_program
 from hydro_trials.fusion.refusal import NotFusableError
 from hydro_trials.fusion.separate import SeparateProgram
@@ -79,6 +79,7 @@ class FusedTrainer:
         self.lanes: list[Lane] = []
         self._checked_readouts = False
         self._late: BaseException | None = None
+        self._unused: list[slice] = []
         self.torn = False
         """Whether an update was broken off half way (out of memory): the lanes' state is no whole step."""
         self._install(self._empty(), [])
@@ -118,7 +119,12 @@ class FusedTrainer:
         batch = make_batch(self.data, places, 0, self.study.accumulate)
         self.use(GENERAL)
         reference = self.program
-        self.use(kind)
+        try:
+            self.use(kind)
+        except HydroError:
+            raise
+        except Exception as error:
+            raise FusionError(f"the {kind} path cannot be made: {type(error).__name__}: {error}") from error
         tolerance = tolerance_of(self.layout.dtype, lower=self.study.precision != "full")
         check_agreement(self.program, reference, self._parameters, self._stack.buffers, batch, tolerance)
 
@@ -211,9 +217,12 @@ class FusedTrainer:
         losses_F, grad_FP, buffers = self._fallible(self._gradients)
         self.check(sites.UPDATE)
         self.torn = True
+        idle = [(t[:, part], t[:, part].clone()) for t in (stack.flat, *stack.slots.values()) for part in self._unused]
         self.optimizer.update(
             stack.flat, grad_FP, stack.slots, [lane.settings for lane in self.lanes], self._quiet_check
         )
+        for now, before in idle:
+            now.copy_(before)
         stack.buffers, stack.losses = buffers, losses_F
         stack.finite &= losses_F.isfinite()
         stack.num_finite += stack.finite
@@ -339,10 +348,31 @@ class FusedTrainer:
             losses_F = new_losses_F if losses_F is None else losses_F + new_losses_F
             grad_FP = new_grad_FP if grad_FP is None else grad_FP.add_(new_grad_FP)
         assert losses_F is not None and grad_FP is not None
+        if not self._checked_readouts:
+            self._refuse_reassigned_buffers()
         if not self._checked_readouts and isinstance(self.program, (GeneralProgram, FastProgram, SeparateProgram)):
             check_readouts(self.surrogate, self.program.module)
             self._checked_readouts = True
         return (losses_F / num, grad_FP.div_(num), buffers) if num > 1 else (losses_F, grad_FP, buffers)
+
+    def _refuse_reassigned_buffers(self) -> None:
+        """A buffer that forward replaces, instead of changing it in place, would be lost.
+
+        Raises:
+            FusionError: There is one.
+        """
+        before = dict(self._template.named_buffers())
+        if not before:
+            return
+        batch = make_batch(self.data, [self.lanes[0].place], 0, self.study.accumulate)
+        with torch.no_grad(), torch.random.fork_rng():
+            call_model(self._template.train(), batch.of_lane(0)[0])
+        for name, buffer in self._template.named_buffers():
+            if buffer is not before[name]:
+                raise FusionError(
+                    f"the model's forward assigns a new tensor to its buffer {name}, which would be lost; change it in "
+                    f"place: self.{name.rpartition('.')[2]}.copy_(…)"
+                )
 
     def _fallible(self, run: Callable[[], T]) -> T:
         """Run something of the program; where the model cannot be fused, say so and do it lane by lane."""
@@ -358,10 +388,16 @@ class FusedTrainer:
         dtype = PRECISIONS[self.study.precision]
         return make_program(kind, self.new_module, self.study.loss, self.check, dtype=dtype, depth=depth)
 
-    def _flatten(self, gradients: Sequence[Tensor]) -> Tensor:
+    def _flatten(self, gradients: Gradients) -> Tensor:
+        """Gradients as (F, P); notes where parameters lie that the loss does not depend on: torch leaves them alone."""
         num_lanes = len(self.lanes)
         pieces = []
-        for gradient, gap in zip(gradients, self._gaps, strict=True):
+        self._unused = []
+        for (name, parameter), gradient, gap in zip(self._parameters.items(), gradients, self._gaps, strict=True):
+            if gradient is None:
+                start = self.layout.offsets[name]
+                self._unused.append(slice(start, start + self.layout.shapes[name].numel()))
+                gradient = torch.zeros_like(parameter)
             pieces.append(gradient.reshape(num_lanes, -1))
             if gap is not None:
                 pieces.append(gap)

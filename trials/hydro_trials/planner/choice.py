@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from hydro_slurm.model import ProfilePoint
+from hydro_trials.fusion.program import COMPILED
 
 
 class Rated(Protocol):
@@ -29,15 +30,35 @@ def knee(points: Sequence[Rated]) -> int:
     return min((p.lanes for p in points if p.lane_steps_per_s >= KNEE_SHARE * best), default=0)
 
 
-def choose_point(points: Sequence[ProfilePoint], lanes: int) -> ProfilePoint | None:
-    """The measured point that is nearest to a fusion count, by their ratio."""
-    return min(points, key=lambda p: (abs(math.log(p.lanes / max(1, lanes))), p.lanes), default=None)
+def choose_point(points: Sequence[ProfilePoint], lanes: int, quantum_ms: float | None = None) -> ProfilePoint | None:
+    """The fastest way at the measured fusion count that is nearest to `lanes`, by their ratio.
+
+    What was compiled counts only at the very fusion count that it was compiled for.
+
+    Args:
+        points: Several ways at several fusion counts.
+        lanes: The fusion count.
+        quantum_ms: Longest quantum; points beyond it are left out, unless all are.
+    """
+    usable = [p for p in points if p.kind != COMPILED or p.lanes == lanes]
+    if quantum_ms is not None:
+        usable = [p for p in usable if p.quantum_p99_us <= quantum_ms * 1e3] or usable
+    return min(usable, key=lambda p: (abs(math.log(p.lanes / max(1, lanes))), p.lanes, p.step_ms), default=None)
 
 
-def memory_line(points: Sequence[ProfilePoint], base_bytes: int) -> int:
-    """Bytes that one more lane adds: the largest slope between two points; above the base, where there is one only."""
+def most_lanes(points: Sequence[ProfilePoint], cap_bytes: int | None, quantum_ms: float | None) -> int | None:
+    """The largest measured fusion count that keeps to both limits; None where every measured one does, or none."""
+    fitting = {
+        p.lanes
+        for p in points
+        if (cap_bytes is None or p.peak_bytes <= cap_bytes)
+        and (quantum_ms is None or p.quantum_p99_us <= quantum_ms * 1e3)
+    }
+    return None if fitting == {p.lanes for p in points} or not fitting else max(fitting)
+
+
+def memory_line(points: Sequence[ProfilePoint]) -> int:
+    """Bytes that one more lane adds: the largest slope between two points; 0 where there are not two."""
     marks = [(point.lanes, point.peak_bytes) for point in points]
     slopes = [(later[1] - mark[1]) / (later[0] - mark[0]) for mark, later in pairwise(marks)]
-    if not slopes:
-        slopes = [(peak - base_bytes) / lanes for lanes, peak in marks]
     return max(0, round(max(slopes, default=0.0)))

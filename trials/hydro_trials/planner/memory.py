@@ -15,15 +15,22 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def reset_peak(device: torch.device) -> None:
     """Give back what is free, and begin a new peak."""
+    give_back_free(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # not permitted: the peak is then that of the process's whole life
+        _CLEAR.write_text("5", encoding="ascii")
+
+
+def give_back_free(device: torch.device) -> None:
+    """Hand memory that is kept for later back to the system."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
         return
     with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):  # not permitted: the peak is then that of the process's whole life
-        _CLEAR.write_text("5", encoding="ascii")
 
 
 def peak_bytes(device: torch.device) -> int:

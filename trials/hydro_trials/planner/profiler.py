@@ -22,6 +22,7 @@ from hydro_slurm.errors import FusionError, PlannerError
 from hydro_slurm.model import Profile, ProfilePoint
 from hydro_trials.fusion import FusedTrainer
 from hydro_trials.fusion.program import COMPILED, FAST, GENERAL, SEPARATE
+from hydro_trials.hyperparameters import used_hyperparameters
 from hydro_trials.planner.choice import KNEE_SHARE, knee, memory_line
 from hydro_trials.planner.measure import Series, run_round
 from hydro_trials.planner.memory import is_out_of_memory, peak_bytes, reset_peak
@@ -45,7 +46,10 @@ class Limits:
     quantum_ms: float | None = None
     """Longest time between two boundaries that fits the bubbles (99th percentile)."""
     budget_s: float = 60.0
-    """Time for measuring; at least one fusion count is measured."""
+    """Computing time for measuring (the process's own, so that a busy machine does not cut it short); at least one
+    fusion count is measured."""
+    factor: int = 2
+    """How many times the one before each fusion count is."""
     num_steps: int = 0
     """Steps that will be run as planned: compiling is kept only if it pays within them. 0 does not try it."""
 
@@ -63,6 +67,8 @@ class Profiler:
         self._make_trainer = make_trainer
         self._refused: dict[str, str] = {}
         self._stopped = ""
+        self._is_cut_short = False
+        self._state_bytes = 0
         self._deadline_s = 0.0
         self._setup_s: dict[tuple[str, int], float] = {}
 
@@ -72,12 +78,17 @@ class Profiler:
         Raises:
             PlannerError: Not even one lane keeps to the limits.
         """
-        self._deadline_s = time.monotonic() + self.limits.budget_s
+        self._deadline_s = time.process_time() + self.limits.budget_s
         trainer = self._make_trainer()
         reset_peak(trainer.device)
         base_bytes = peak_bytes(trainer.device)
         check = trainer.check
-        kinds = self._usable_kinds(trainer)
+        try:
+            kinds = self._usable_kinds(trainer)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            trainer, kinds = self._make_trainer(), [GENERAL, SEPARATE]  # tried with fewer lanes below
         points: list[ProfilePoint] = []
         others: list[ProfilePoint] = []
         counts = deque(lanes or self._counts())
@@ -101,14 +112,16 @@ class Profiler:
                 self._stopped = ""  # one way did not keep to the limits, another does
             best = min(fitting, key=self._cost_ms)
             points.append(best)
+            self._state_bytes = trainer.state_bytes() // count
             others += [point for point in measured if point is not best]
             slow = {p.kind for p in measured if p.step_ms > LEFT_BEHIND * best.step_ms}
             kinds = [kind for kind in kinds if kind not in slow] or [best.kind]
             if lanes is None and self._is_past_knee(points):
                 self._stopped = f"{count} lanes are no faster than {knee(points)}"
                 break
-            if time.monotonic() > self._deadline_s:
+            if counts and time.process_time() > self._deadline_s:
                 self._stopped = f"{self.limits.budget_s:g} s of measuring are over"
+                self._is_cut_short = True
                 break
         trainer.drop(trainer.trials)
         trainer.set_check(check)
@@ -118,8 +131,8 @@ class Profiler:
 
     def _counts(self) -> list[int]:
         counts = [1]
-        while counts[-1] * 2 <= self.limits.max_lanes:
-            counts.append(counts[-1] * 2)
+        while counts[-1] * self.limits.factor <= self.limits.max_lanes:
+            counts.append(counts[-1] * self.limits.factor)
         return counts if counts[-1] == self.limits.max_lanes else [*counts, self.limits.max_lanes]
 
     def _usable_kinds(self, trainer: FusedTrainer) -> list[str]:
@@ -147,7 +160,7 @@ class Profiler:
         series = [self._divided(trainer, kind) for kind in kinds]
         for _ in range(NUM_ROUNDS - 1):
             for one in series:
-                if time.monotonic() < self._deadline_s:
+                if time.process_time() < self._deadline_s:
                     run_round(trainer, one, check)
         count = len(trainer.lanes)
         points = []
@@ -225,9 +238,9 @@ class Profiler:
             points=tuple(points),
             others=tuple(others),
             refused=self._refused,
-            knee_lanes=knee(points),
+            knee_lanes=0 if self._is_cut_short else knee(points),
             base_bytes=base_bytes,
-            lane_bytes=memory_line(points, base_bytes),
+            lane_bytes=max(self._state_bytes, memory_line(points)),
             stopped=self._stopped,
         )
 
@@ -245,8 +258,9 @@ def profile_key(trainer: FusedTrainer) -> str:
         study.data_order,
         float(trainer.surrogate.width_scale),
     )
+    names = sorted(used_hyperparameters(study.optimizer, study.fixed, study.space))
     machine = (device_name(trainer.device), torch.get_num_threads(), torch.__version__)
-    identity = repr((shapes, modules, samples, settings, _dtype(trainer), machine))
+    identity = repr((shapes, modules, samples, settings, names, _dtype(trainer), machine))
     return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
 
 

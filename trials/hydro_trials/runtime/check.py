@@ -27,9 +27,9 @@ from hydro_trials.surrogate.limits import poor_transfers
 from hydro_trials.surrogate.scale import ChosenScale, choose_scale
 
 FORMAT, VERSION = "hydro.study-check", 2
-NUM_STEPS = 8
-PROFILE_BUDGET_S = 5.0
-"""A first look at what fusing brings; `hydro_trials profile` takes its time."""
+NUM_STEPS, MAX_TRIED_LANES = 8, 8
+PROFILE_BUDGET_S = 10.0
+"""Of computing, for a first look at what fusing brings; `hydro_trials profile` takes its time."""
 
 
 def check_study(file: Path, *, as_json: bool) -> str:
@@ -50,6 +50,7 @@ def check_study(file: Path, *, as_json: bool) -> str:
     limits = Limits(
         max_lanes=study.max_lanes,
         budget_s=PROFILE_BUDGET_S,
+        factor=4,
         num_steps=study.steps if study.compile else 0,
     )
     profile = Profiler(lambda: FusedTrainer(study, surrogate, data, study.steps, lambda site: None), limits).run()
@@ -124,7 +125,7 @@ def _coordinates(chosen: ChosenScale) -> dict[str, object] | None:
 def _try_steps(file: Path, study: Study, trainer: FusedTrainer) -> float:
     """Train and evaluate a few lanes; returns the median time of a step in ms."""
     try:
-        fill_trainer(trainer, study.max_lanes)
+        fill_trainer(trainer, min(study.max_lanes, MAX_TRIED_LANES))
         times_ms = []
         for _ in range(NUM_STEPS):
             began_s = time.perf_counter()
@@ -154,7 +155,7 @@ def _to_text(document: dict[str, object]) -> str:
                 for key, entry in value.items()
             ]
         elif name == "profile":
-            lines += to_text(from_document(Profile, value, "the profile")).splitlines()
+            lines += to_text(from_document(Profile, json.loads(json.dumps(value)), "the profile")).splitlines()
         elif name not in ("format", "version"):
             lines.append(f"{name}: {value}")
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from hydro_slurm.model import COMPLETE, DIVERGED, FAIL, RUNNING, BundleSpec, Lan
 from hydro_trials.fusion import FusedTrainer, sites
 from hydro_trials.fusion.program import SEPARATE
 from hydro_trials.hyperparameters import resolve_hyperparameters
-from hydro_trials.planner.memory import is_out_of_memory, resident_bytes
+from hydro_trials.planner.memory import give_back_free, is_out_of_memory, resident_bytes
 from hydro_trials.runtime.bundle_dir import BundleDir
 from hydro_trials.runtime.checkpoints import Checkpoint, list_checkpoints, read_checkpoint, write_checkpoint
 from hydro_trials.runtime.gating import BundleGate, LeaveRequested
@@ -66,7 +66,7 @@ class BundleWorker:
     ) -> None:
         self.spec, self.study, self.trainer, self._plan = spec, study, trainer, plan
         self._files, self._gate, self._clock = files, gate, clock
-        self.max_lanes = spec.max_lanes
+        self.max_lanes = plan.most_lanes(spec)
         self.waiting: deque[LaneSpec] = deque()
         self.accounts: dict[int, LaneAccount] = {}
         self.checkpoints: dict[int, str] = {}
@@ -114,7 +114,7 @@ class BundleWorker:
             except (GateGoneError, Finish):
                 raise
             except Exception as error:
-                if is_out_of_memory(error) and self._halve(self._explain(error)):
+                if is_out_of_memory(error) and self._halve(f"out of memory: {self._explain(error)}"):
                     continue
                 self._fail_culprits(error)
 
@@ -334,14 +334,18 @@ class BundleWorker:
         """Go on with half of the lanes, if there is more than one."""
         if len(self.accounts) <= 1:
             return False
-        self._warn(f"out of memory with {len(self.accounts)} lanes: {reason}")
+        self._warn(f"{len(self.accounts)} lanes are too many, half of them go on: {reason}")
         self._resize(len(self.accounts) // 2)
         return True
 
     def _keep_to_cap(self) -> None:
         cap_bytes = self.spec.memory_cap_bytes
-        if cap_bytes is not None and resident_bytes(self.trainer.device) > CAP_SHARE * cap_bytes:
-            self._halve(f"the cap is {cap_bytes} bytes")
+        if cap_bytes is None or resident_bytes(self.trainer.device) <= CAP_SHARE * cap_bytes:
+            return
+        give_back_free(self.trainer.device)  # what malloc keeps for the next step is not needed by it
+        held_bytes = resident_bytes(self.trainer.device)
+        if held_bytes > CAP_SHARE * cap_bytes:
+            self._halve(f"holding {held_bytes} bytes, the cap is {cap_bytes}")
 
     def _resize(self, max_lanes: int) -> None:
         """Change the max fusion count; lanes beyond it go on later, from a checkpoint."""

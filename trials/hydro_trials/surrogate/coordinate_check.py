@@ -10,6 +10,7 @@ Source: Yang et al., Tensor Programs V (2022), appendix D.1.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -217,7 +218,8 @@ def _measure(
     num_steps: int,
     num_seeds: int,
 ) -> _Measured:
-    trainer = FusedTrainer(study, surrogate, data, study.steps, lambda site: None)
+    apart = dataclasses.replace(study, data_order="per_trial")  # seeds that share their samples are no average
+    trainer = FusedTrainer(apart, surrogate, data, study.steps, lambda site: None)
     for seed in range(num_seeds):
         trainer.admit(seed, seed, values)
     recorder = OutputRecorder(surrogate.make(0), readouts)
