@@ -53,11 +53,10 @@ def study_of(name: str, build: Callable[[float], nn.Module], data: hydro.Data, *
     """A study with this benchmark's usual settings."""
     defaults: dict[str, Any] = {
         "loss": nn.functional.cross_entropy,
-        "space": {"lr": hydro.Float(1e-4, 1.0, log=True)},
-        "fixed": {"momentum": 0.9},
+        "space": {"lr": hydro.Float(1e-2, 4.0, log=True)},
         "optimizer": "sgd",
         "batch_size": 32,
-        "steps": 60 if QUICK else 150,
+        "steps": 100 if QUICK else 300,
         "max_lanes": 11,
     }
     return hydro.Study(name=name, build=build, data=lambda: data, **{**defaults, **fields})
@@ -73,7 +72,12 @@ def model_studies() -> dict[str, tuple[hydro.Study, hydro.Data, tuple[float, ...
         size = round(widest["transformer"] * width)
         return Transformer(size, size // 8, num_symbols)
 
-    adam = {"loss": token_loss, "optimizer": "adam", "fixed": {}, "space": {"lr": hydro.Float(2.5e-4, 0.25, log=True)}}
+    adam = {
+        "loss": token_loss,
+        "optimizer": "adam",
+        "steps": 60 if QUICK else 150,
+        "space": {"lr": hydro.Float(2.5e-4, 0.25, log=True)},
+    }
     studies = {
         "transformer": study_of("transformer", transformer, text, **adam, batch_size=16),
         "mlp": study_of("mlp", lambda width: mlp(round(widest["mlp"] * width)), flat),
@@ -144,9 +148,7 @@ def measure_fidelity() -> list[Claim]:
         "momentum": hydro.Float(0.5, 0.95),
         "gamma": hydro.Float(0.01, 0.9),
     }
-    study = study_of(
-        "configurations", lambda width: mlp(round(size * width)), data, space=space, schedule="step", fixed={}
-    )
+    study = study_of("configurations", lambda width: mlp(round(size * width)), data, space=space, schedule="step")
     batch_sizes = (16, 32, 64)
     per_size = NUM_CONFIGURATIONS // len(batch_sizes)
     seeds = max(2, NUM_SEEDS)
@@ -199,9 +201,7 @@ def measure_compute() -> list[Claim]:
         "momentum": hydro.Float(0.0, 0.99),
         "gamma": hydro.Float(0.01, 0.9),
     }
-    study = study_of(
-        "search", lambda width: mlp(round(size * width)), data, space=space, schedule="step", fixed={}, max_lanes=16
-    )
+    study = study_of("search", lambda width: mlp(round(size * width)), data, space=space, schedule="step", max_lanes=16)
     configurations = draw_configurations(space, NUM_SEARCHED, 5)
 
     began_s = time.process_time()

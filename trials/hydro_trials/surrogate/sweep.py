@@ -68,13 +68,18 @@ def sweep_widths(
     params = calm_params(study)
     configurations = [{**params, "lr": lr} for lr in lrs]
     sweeps = []
+    target: tuple[float, ...] | None = None
     for parametrization in parametrizations:
         make = {"mup": study_surrogate, "standard": standard_surrogate}[parametrization]
         for scale in width_scales:
-            losses = train_configurations(
-                study, data, make(study, scale, data), configurations, num_steps=num_steps, num_seeds=num_seeds
-            )
-            means = tuple(statistics.fmean(seeds) for seeds in losses)
+            if scale == 1 and target is not None:
+                means = target  # at width 1 there is nothing to parametrize
+            else:
+                losses = train_configurations(
+                    study, data, make(study, scale, data), configurations, num_steps=num_steps, num_seeds=num_seeds
+                )
+                means = tuple(statistics.fmean(seeds) for seeds in losses)
+            target = means if scale == 1 else target
             sweeps.append(WidthSweep(scale, parametrization, tuple(lrs), means))
     return sweeps
 

@@ -46,7 +46,7 @@ class TracedFactory:
     def __init__(self, module: nn.Module, example: Tensor) -> None:
         self._module, self._example = module, example
         self._trace: Trace = trace_sizes(module, example)
-        self._working: dict[int, dict[int, int]] = {}
+        self._tried: set[int] = set()
         table = self._trace.table
         self._shrinking = {
             atom
@@ -68,11 +68,10 @@ class TracedFactory:
             return self._copy({})
         if not math.isclose(scale, round(scale)):
             raise SurrogateError(f"a traced module shrinks by whole numbers, got width_scale {scale:g}")
-        narrow = self._narrow_sizes(round(scale))
-        module = self._copy(narrow)
-        if round(scale) not in self._working:
+        module = self._copy(self._narrow_sizes(round(scale)))
+        if round(scale) not in self._tried:
             self._try(module, round(scale))
-            self._working[round(scale)] = narrow
+            self._tried.add(round(scale))
         return module
 
     def _narrow_sizes(self, scale: int) -> dict[int, int]:
