@@ -477,16 +477,18 @@ def test_coming_close_to_the_cap_sheds_lanes_once_not_again_and_again(
     make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = {"bytes": 900}
-    given_back: list[int] = []
+    resize = worker.BundleWorker._resize
     monkeypatch.setattr(worker, "resident_bytes", lambda device: held["bytes"])
 
-    def give_back(device: torch.device) -> None:
-        given_back.append(held["bytes"])
-        held["bytes"] = 500 if len(given_back) > 1 else 900  # the first time nothing is free: lanes hold it all
+    def shed(self: worker.BundleWorker, max_lanes: int) -> None:
+        resize(self, max_lanes)
+        monkeypatch.setattr(worker, "give_back_free", lambda device: held.update(bytes=500))
 
-    monkeypatch.setattr(worker, "give_back_free", give_back)
+    monkeypatch.setattr(worker.BundleWorker, "_resize", shed)
+    monkeypatch.setattr(worker, "give_back_free", lambda device: None)  # nothing is free: the lanes hold it all
     monkeypatch.setattr(LanePlan, "most_lanes", lambda self, spec: spec.max_lanes)
-    directory = make_bundle(lanes=tuple(lane(trial) for trial in range(4)), memory_cap_bytes=800)
+    lanes = tuple(lane(trial) for trial in range(4))
+    directory = make_bundle(lanes=lanes, memory_cap_bytes=800, rungs=(10, 3000))
     assert train(directory) == 0
     assert [e["max_lanes"] for e in events_of(directory) if e["event"] == "resized"] == [2]
     assert (
