@@ -100,7 +100,7 @@ def _assumptions(simulation: Simulation) -> list[str]:
 def _gantt(simulation: Simulation) -> str:
     end_h = simulation.engine.now_s / 3600
     by_slot: dict[str, list[tuple[float, float, str, str]]] = {}
-    for record in simulation.overlay.records:
+    for record in simulation.overlay.running.records:
         begin_h, finish_h = record.start_s / 3600, record.end_s / 3600
         tip = f"{record.id} {record.study} {record.purpose} lanes={record.num_lanes} {begin_h:.2f}..{finish_h:.2f} h"
         by_slot.setdefault(record.slot, []).append((begin_h, finish_h, record.study, tip))
