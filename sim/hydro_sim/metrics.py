@@ -40,6 +40,7 @@ def study_rows(simulation: Simulation) -> list[Row]:
             "trials_ended": study.num_ended,
             "verified": sum(trial.end_s >= 0 for trial in study.verified.values()),
             "bundles": study.num_bundles,
+            "lane_steps": round(study.lane_steps, 3),
             "bubble_device_h": _h(study.bubble_device_s),
             "exclusive_device_h": _h(_exclusive_s(simulation, study)),
         }
@@ -58,6 +59,7 @@ def host_rows(simulation: Simulation) -> list[Row]:
             "submit_h": _h(host.submit_s),
             "start_h": _h(host.first_start_s) if host.first_start_s >= 0 else "",
             "end_h": _h(host.end_s) if host.end_s >= 0 else "",
+            "offered_h": _h(host.offered_s),
             "failures": host.num_failures,
             "bubble_ratio": round(statistics.fmean(offer.idle_share for offer in host.offers), 6),
             "usable_share": round(statistics.fmean(offer.usable_s_per_s for offer in host.offers), 6),
