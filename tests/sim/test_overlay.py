@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from hydro_sim import metrics
+from hydro_sim.host_jobs import is_host
 from hydro_sim.results import write_results
 from hydro_sim.scenario import ScenarioFile
+from hydro_sim.settings import HostConfig
 from hydro_sim.simulation import Simulation, build
+from hydro_sim.traces import TraceJob
 from hydro_slurm.errors import ConfigError, TraceError
 from hydro_slurm.model import COMPLETE, PRUNED
 from hydro_slurm.policy import MovePolicy
@@ -245,6 +248,14 @@ def test_large_jobs_of_a_trace_can_be_the_hosts(scenario_file: Write) -> None:
     assert num_trace == 300
     assert all(host.devices >= 8 and host.duration_s >= 1800 for host in simulation.hosts)
     check_world(simulation)
+
+
+def test_a_job_that_has_offered_its_bubbles_is_a_host_whatever_its_size() -> None:
+    config = HostConfig(from_trace_devices=16, from_trace_hours=6.0)
+    assert not is_host(TraceJob(0.0, 60.0, 4), config)
+    assert is_host(TraceJob(0.0, 60.0, 4, comment="v1 hydro:share"), config)
+    assert is_host(TraceJob(0.0, 7 * 3600.0, 16), config)
+    assert not is_host(TraceJob(0.0, 7 * 3600.0, 18), config), "18 devices make no 4 stages"
 
 
 def test_what_a_scenario_gets_wrong_is_said_in_one_line(scenario_file: Write) -> None:
