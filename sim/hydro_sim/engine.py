@@ -43,7 +43,6 @@ class Engine:
         self._next_arrival = 0
         self._num_arrivals = len(jobs)
         self._dirty: set[int] = set()
-        self._stopped = False
         for job in range(1, len(jobs)):
             if jobs.submit_s[job] < jobs.submit_s[job - 1]:
                 raise SimulationError(f"job {job} is submitted before the job in front of it: sort by submit time")
@@ -105,18 +104,13 @@ class Engine:
             partition.num_waiting or partition.allocations for partition in self.partitions
         )
 
-    def stop(self) -> None:
-        """End the run after the present moment."""
-        self._stopped = True
-
     def run(self, until_s: float = float("inf")) -> None:
         """Handle events up to and including `until_s`; may be called again to go on."""
         heap, jobs = self._heap, self.jobs
         submit_s, partition_of, partitions = jobs.submit_s, self.partition_of, self.partitions
         dirty = self._dirty
-        self._stopped = False
         infinity = float("inf")
-        while not self._stopped:
+        while True:
             now_s = submit_s[self._next_arrival] if self._next_arrival < self._num_arrivals else infinity
             if heap and heap[0][0] < now_s:
                 now_s = heap[0][0]

@@ -10,6 +10,7 @@ from pathlib import Path
 from hydro_sim.bubbles import StageOffer, stage_offers
 from hydro_sim.settings import HostConfig, Scenario
 from hydro_sim.traces import TraceJob
+from hydro_slurm.model import HOST_COMMENT
 from hydro_slurm.policy import HostOffer, HostPolicy, Slot, why_not
 
 
@@ -105,12 +106,14 @@ class HostJob:
 
 
 def is_host(job: TraceJob, config: HostConfig) -> bool:
-    """Whether a job of the trace is one of these hosts; its devices must divide into the stages."""
-    return (
-        0 < config.from_trace_devices <= job.num_devices
-        and job.duration_s >= config.from_trace_hours * 3600
-        and job.num_devices % config.num_stages == 0
-    )
+    """Whether a job of the trace is one of these hosts: it has offered its bubbles, or is large and long enough.
+
+    Its devices must divide into the stages.
+    """
+    if not config.from_trace_devices or job.num_devices % config.num_stages:
+        return False
+    is_large = job.num_devices >= config.from_trace_devices and job.duration_s >= config.from_trace_hours * 3600
+    return is_large or HOST_COMMENT in job.comment.split()
 
 
 def make_hosts(scenario: Scenario, folder: Path, traced: Sequence[tuple[TraceJob, float, int]] = ()) -> list[HostJob]:

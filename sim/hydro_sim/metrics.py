@@ -40,6 +40,7 @@ def study_rows(simulation: Simulation) -> list[Row]:
             "trials_ended": study.num_ended,
             "verified": sum(trial.end_s >= 0 for trial in study.verified.values()),
             "bundles": study.num_bundles,
+            "lane_steps": round(study.lane_steps, 3),
             "bubble_device_h": _h(study.bubble_device_s),
             "exclusive_device_h": _h(_exclusive_s(simulation, study)),
         }
@@ -58,6 +59,7 @@ def host_rows(simulation: Simulation) -> list[Row]:
             "submit_h": _h(host.submit_s),
             "start_h": _h(host.first_start_s) if host.first_start_s >= 0 else "",
             "end_h": _h(host.end_s) if host.end_s >= 0 else "",
+            "offered_h": _h(host.offered_s),
             "failures": host.num_failures,
             "bubble_ratio": round(statistics.fmean(offer.idle_share for offer in host.offers), 6),
             "usable_share": round(statistics.fmean(offer.usable_s_per_s for offer in host.offers), 6),
@@ -86,7 +88,7 @@ def bundle_rows(simulation: Simulation) -> list[Row]:
             "trials": record.num_trials,
             "lane_steps": round(record.lane_steps, 3),
         }
-        for record in simulation.overlay.records
+        for record in simulation.overlay.running.records
     ]
 
 
@@ -185,8 +187,8 @@ def summary(simulation: Simulation) -> Row:
             name: _h(v) for name, v in quantiles([s.start_s - s.submit_s for s in studies if s.start_s >= 0]).items()
         },
         "harvested_device_h": _h(_harvested_s(simulation, {host.id for host in simulation.hosts})),
-        "bundles": len(simulation.overlay.records),
-        "moves": dict(sorted(simulation.overlay.num_moves.items())),
+        "bundles": len(simulation.overlay.running.records),
+        "moves": dict(sorted(simulation.overlay.running.num_moves.items())),
         "node_failures": simulation.failures.num_node_failures,
         "host_failures": simulation.failures.num_host_failures,
         "host_slowdown_assumed": max((host.config.slowdown for host in simulation.hosts), default=0.0),
@@ -217,7 +219,7 @@ def _exclusive_s(simulation: Simulation, study: Study) -> float:
 
 def _harvested_s(simulation: Simulation, hosts: set[str]) -> float:
     """Work in the bubbles of these hosts, as seconds of a device of its own."""
-    return sum(record.device_s for record in simulation.overlay.records if record.host in hosts)
+    return sum(record.device_s for record in simulation.overlay.running.records if record.host in hosts)
 
 
 def _mean_idle(host: HostJob) -> float:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from hydro_sim.bundle import Bundle
 from hydro_sim.engine import Engine
 from hydro_sim.host_jobs import HostJob
+from hydro_sim.running import RunningBundles
 from hydro_sim.settings import Scenario
 from hydro_sim.studies import Study
 from hydro_slurm.model import RUNNING
@@ -16,37 +14,13 @@ from hydro_slurm.policy import (
     Candidate,
     Decider,
     Demand,
-    Finish,
-    Launch,
-    Refill,
     Slot,
     UserShare,
     eager_transfer,
-    max_fusion_count,
 )
 
 SOON_S = 3600.0
 """Time left to a host's limit is told to the policy from here on; before, it decides nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class BundleRecord:
-    """A bundle that has ended, for the results."""
-
-    id: str
-    study: str
-    purpose: str
-    slot: str
-    host: str
-    """Empty for a device of the study's own."""
-    start_s: float
-    end_s: float
-    num_lanes: int
-    num_trials: int
-    """Trials that were handed to it, over its whole life."""
-    lane_steps: float
-    device_s: float
-    """Its work, as seconds of a device of its own."""
 
 
 class Overlay:
@@ -55,18 +29,12 @@ class Overlay:
     def __init__(self, engine: Engine, scenario: Scenario, hosts: list[HostJob], studies: list[Study]) -> None:
         self.engine, self.scenario, self.hosts = engine, scenario, hosts
         self.studies = {study.id: study for study in studies}
-        self.records: list[BundleRecord] = []
-        self.bundles: dict[str, Bundle] = {}
-        self.num_moves: Counter[str] = Counter()
-        """Finishes that the policy asked for, by reason."""
-        self.user_slot_s: defaultdict[str, float] = defaultdict(float)
+        self.running = RunningBundles(engine, scenario.overheads, self._study_advanced, self._request_decision)
         self.decider = Decider(scenario.overheads.poll_s, scenario.policy.moves)
         self._active: dict[str, Study] = {}
         self._slots: dict[str, Slot] = {}
         self._host_of: dict[str, HostJob] = {}
-        self._on_slot: dict[str, Bundle] = {}
         self._decision_due = False
-        self._num_bundles = 0
         self._weights = {user.name: user for user in scenario.users}
         for host in hosts:
             engine.call_at(host.submit_s, lambda host=host: self._submit_host(host))  # type: ignore[misc]
@@ -117,9 +85,9 @@ class Overlay:
         slots = host.slots
         host.withdraw_slots(self.engine.now_s)
         for slot in slots:
-            bundle = self._on_slot.get(slot.id)
+            bundle = self.running.on_slot.get(slot.id)
             if bundle is not None:
-                self._end_bundle(bundle, lost=lost)
+                self.running.end(bundle, lost=lost)
             del self._slots[slot.id], self._host_of[slot.id]
         if slots:
             self._request_decision()
@@ -152,8 +120,8 @@ class Overlay:
         """A node under a study's exclusive devices dies: its job is requeued, its bundles there are lost."""
         for number in range(study.own_slots):
             name = f"{study.id}.own.{number}"
-            if name in self._on_slot:
-                self._end_bundle(self._on_slot[name], lost=True)
+            if name in self.running.on_slot:
+                self.running.end(self.running.on_slot[name], lost=True)
             del self._slots[name]
         study.own_slots = 0
         study.exclusive_device_s += study.config.exclusive_devices * (
@@ -178,7 +146,7 @@ class Overlay:
         ]
         current = min(running, key=lambda trial: trial.value, default=None)
         idle = any(
-            f"{study.id}.own.{number}" in self._slots and f"{study.id}.own.{number}" not in self._on_slot
+            f"{study.id}.own.{number}" in self._slots and f"{study.id}.own.{number}" not in self.running.on_slot
             for number in range(study.own_slots)
         )
         decision = eager_transfer(
@@ -194,8 +162,8 @@ class Overlay:
             return
         if decision.stop is not None:
             stopped = study.verified[decision.stop]
-            for bundle in [bundle for bundle in self.bundles.values() if stopped in bundle.lanes]:
-                self._end_bundle(bundle, lost=False)
+            for bundle in [bundle for bundle in self.running.by_id.values() if stopped in bundle.lanes]:
+                self.running.end(bundle, lost=False)
             if stopped in study.verify_waiting:
                 study.verify_waiting.remove(stopped)
             del study.verified[decision.stop]
@@ -203,8 +171,8 @@ class Overlay:
         self._request_decision()
 
     def _study_ended(self, study: Study) -> None:
-        for bundle in [bundle for bundle in self.bundles.values() if bundle.study is study]:
-            self._end_bundle(bundle, lost=False)
+        for bundle in self.running.of(study):
+            self.running.end(bundle, lost=False)
         jobs = self.engine.jobs
         if study.job >= 0:
             if study.own_slots:
@@ -228,27 +196,20 @@ class Overlay:
     def _decide(self) -> None:
         self._decision_due = False
         now_s = self.engine.now_s
-        for bundle in self.bundles.values():
-            bundle.advance(now_s)
+        self.running.advance()
         studies = self._active.values()
         running: dict[str, int] = dict.fromkeys(self._active, 0)
-        for bundle in self.bundles.values():
+        for bundle in self.running.by_id.values():
             if bundle.study.id in running:
                 running[bundle.study.id] += 1
         demands = [demand for study in studies for demand in self._demands(study, now_s, bool(running[study.id]))]
         bundles = [
             bundle.describe(now_s, with_remaining=not bundle.study.waiting and not bundle.study.verify_waiting)
-            for bundle in self.bundles.values()
+            for bundle in self.running.by_id.values()
         ]
         plan = self.decider.decide(now_s, demands, self._timed_slots(now_s), bundles, self._users())
-        for finish in plan.finishes:
-            self._finish(finish)
-        for refill in plan.refills:
-            self._refill(refill)
-        for launch in plan.launches:
-            self._launch(launch)
-        for bundle in [bundle for bundle in self.bundles.values() if not bundle.lanes and not bundle.finishing]:
-            self._left(bundle)  # it ran dry and gets nothing more
+        hosts = {name: host.id for name, host in self._host_of.items()} if plan.launches else {}
+        self.running.apply(plan, self._slots, hosts, self._active)
         if plan:
             self._request_decision()  # what has changed may call for more, a period later
 
@@ -302,137 +263,14 @@ class Overlay:
             users[study.user] = UserShare(
                 weight=1.0 if config is None else config.weight,
                 max_slots=limit,
-                usage_s=self.user_slot_s[study.user],
+                usage_s=self.running.user_slot_s[study.user],
             )
         return users
 
-    # --- bundles ---------------------------------------------------------------------------------------------------
-
-    def _launch(self, launch: Launch) -> None:
-        study, slot = self._active[launch.study], self._slots[launch.slot_id]
-        lanes = study.take(launch.purpose, launch.num_lanes)
-        if not lanes:
-            return
-        now_s = self.engine.now_s
-        sizing = study.sizing if launch.purpose == "search" else study.target_sizing
-        host = self._host_of.get(slot.id)
-        self._num_bundles += 1
-        study.num_bundles += 1
-        bundle = Bundle(
-            id=f"b{self._num_bundles:06d}",
-            study=study,
-            slot=slot,
-            host="" if host is None else host.id,
-            purpose=launch.purpose,
-            sizing=sizing,
-            max_lanes=max_fusion_count(slot.free_bytes, sizing),
-            start_s=now_s,
-            speed=slot.bubble_s_per_s * study.config.relative_speed.get(slot.device_type, 1.0),
-            waiting=lanes,
-            num_trials=len(lanes),
-            updated_s=now_s + self.scenario.overheads.launch_s,
-        )
-        bundle.admit()
-        if study.start_s < 0:
-            study.start_s = now_s
-        self.bundles[bundle.id] = self._on_slot[slot.id] = bundle
-        self._foresee(bundle)
-
-    def _refill(self, refill: Refill) -> None:
-        bundle = self.bundles[refill.bundle_id]
-        taken = bundle.study.take(bundle.purpose, refill.num_lanes)
-        if taken:
-            bundle.waiting += taken
-            bundle.num_trials += len(taken)
-            bundle.admit()
-            bundle.stand_still(self.scenario.overheads.refill_s)
-            self._foresee(bundle)
-
-    def _finish(self, finish: Finish) -> None:
-        bundle = self.bundles[finish.bundle_id]
-        if bundle.finishing:
-            return
-        self.num_moves[finish.reason.partition(" to ")[0]] += 1
-        bundle.finishing = True
-        bundle.version += 1
-        self._when(bundle, self.engine.now_s + self.scenario.overheads.leave_s, lambda: self._left(bundle))
-
-    def _left(self, bundle: Bundle) -> None:
-        self._end_bundle(bundle, lost=False)
-        self._request_decision()
-
-    def _foresee(self, bundle: Bundle) -> None:
-        """Plan the moment at which the next lane reaches its rung."""
-        bundle.version += 1
-        next_s = bundle.next_rung_s()
-        if next_s != float("inf") and not bundle.finishing:
-            self._when(bundle, next_s, lambda: self._at_rung(bundle))
-
-    def _when(self, bundle: Bundle, time_s: float, function: Callable[[], None]) -> None:
-        version = bundle.version
-
-        def call() -> None:
-            if bundle.version == version and bundle.id in self.bundles:
-                function()
-
-        self.engine.call_at(max(time_s, self.engine.now_s), call)
-
-    def _at_rung(self, bundle: Bundle) -> None:
-        now_s, study = self.engine.now_s, bundle.study
-        bundle.advance(now_s)
-        tolerance = 1e-6 + 1e-9 * bundle.lanes[0].rungs[-1]
-        due = [trial for trial in bundle.lanes if trial.steps_to_rung <= tolerance]
-        for trial in sorted(due, key=lambda trial: (trial.value, trial.number)):
-            if not study.reach_rung(trial, now_s):
-                bundle.lanes.remove(trial)
-        bundle.stand_still(self.scenario.overheads.rung_s / max(bundle.slot.bubble_s_per_s, 1e-9))
-        bundle.admit()
-        self._study_advanced(study)
-        if not bundle.lanes and bundle.id in self.bundles and (study.verifying or self._nothing_for(bundle)):
-            self._end_bundle(bundle, lost=False)
-        else:
-            self._foresee(bundle)
-        self._request_decision()
-
-    def _nothing_for(self, bundle: Bundle) -> bool:
-        """An empty bundle stays for a refill only if there is something to refill it with."""
-        study = bundle.study
-        return not (study.waiting if bundle.purpose == "search" else study.verify_waiting)
-
-    def _end_bundle(self, bundle: Bundle, *, lost: bool) -> None:
-        now_s, study = self.engine.now_s, bundle.study
-        bundle.advance(now_s)
-        del self.bundles[bundle.id], self._on_slot[bundle.slot.id]
-        every_s = self.scenario.overheads.checkpoint_every_s
-        lost_steps = bundle.busy_s % every_s * bundle.steps_per_s() if lost else 0.0
-        for trial in [*bundle.lanes, *bundle.waiting]:
-            study.give_back(trial, lost_steps)
-        held_s = now_s - bundle.start_s
-        study.last_held_s = now_s
-        study.lane_steps += bundle.lane_steps
-        self.user_slot_s[study.user] += held_s
-        if bundle.host:
-            study.bubble_device_s += bundle.busy_s * bundle.slot.bubble_s_per_s
-        self.records.append(
-            BundleRecord(
-                bundle.id,
-                study.id,
-                bundle.purpose,
-                bundle.slot.id,
-                bundle.host,
-                bundle.start_s,
-                now_s,
-                bundle.max_num_lanes,
-                bundle.num_trials,
-                bundle.lane_steps,
-                bundle.busy_s * bundle.slot.bubble_s_per_s,
-            )
-        )
-
     def close(self) -> None:
         """The simulation is over: what still runs is recorded up to now."""
-        for bundle in list(self.bundles.values()):
-            self._end_bundle(bundle, lost=False)
+        for bundle in list(self.running.by_id.values()):
+            self.running.end(bundle, lost=False)
         for host in self.hosts:
             if host.offering_since_s >= 0:
                 host.withdraw_slots(self.engine.now_s)

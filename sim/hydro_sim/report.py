@@ -76,8 +76,14 @@ def _labels(simulation: Simulation) -> list[str]:
     labels = []
     if simulation.trace is not None and simulation.trace.synthetic:
         labels.append("The base load is synthetic.")
-    if simulation.hosts or simulation.studies:
-        labels.append("Hosts and studies are synthetic: they are described by the scenario, not recorded.")
+    if any(host.config.from_trace_devices for host in simulation.hosts):
+        labels.append(
+            "Hosts are jobs of the trace that are assumed to be pipeline-parallel; their bubbles are synthetic."
+        )
+    elif simulation.hosts:
+        labels.append("Hosts are synthetic: the scenario describes them, no trace has recorded them.")
+    if simulation.studies:
+        labels.append("Studies are synthetic.")
     if simulation.interrupted:
         labels.append("The run was interrupted: this is what was done by then.")
     return [f'<p class="label">{escape(" ".join(labels))}</p>'] if labels else []
@@ -100,7 +106,7 @@ def _assumptions(simulation: Simulation) -> list[str]:
 def _gantt(simulation: Simulation) -> str:
     end_h = simulation.engine.now_s / 3600
     by_slot: dict[str, list[tuple[float, float, str, str]]] = {}
-    for record in simulation.overlay.records:
+    for record in simulation.overlay.running.records:
         begin_h, finish_h = record.start_s / 3600, record.end_s / 3600
         tip = f"{record.id} {record.study} {record.purpose} lanes={record.num_lanes} {begin_h:.2f}..{finish_h:.2f} h"
         by_slot.setdefault(record.slot, []).append((begin_h, finish_h, record.study, tip))

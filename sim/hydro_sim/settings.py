@@ -88,8 +88,9 @@ class HostConfig:
     limit_h: float = 0.0
     """Time limit; 0: none is known."""
     from_trace_devices: int = 0
-    """Instead of `count` synthetic hosts: jobs of the trace with at least so many devices are the hosts, with their
-    own submit times, sizes and durations. `devices` and the settings of submission are then ignored."""
+    """Instead of `count` synthetic hosts: jobs of the trace with at least so many devices are the hosts, and those
+    with `hydro:share` in their comment, with their own submit times, sizes and durations. `devices` and the settings of
+    submission are then ignored."""
     from_trace_hours: float = 0.0
     """With `from_trace_devices`: and with at least this duration."""
     learning_s: float = 60.0

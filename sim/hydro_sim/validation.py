@@ -141,7 +141,7 @@ def _rounded(value: float | None) -> float | str:
 
 def _trials_per_host(simulation: Simulation) -> dict[str, int]:
     counts: defaultdict[str, int] = defaultdict(int)
-    for record in simulation.overlay.records:
+    for record in simulation.overlay.running.records:
         counts[record.host] += record.num_trials
     return dict(counts)
 

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from hydro_sim import metrics
+from hydro_sim.host_jobs import is_host
 from hydro_sim.results import write_results
 from hydro_sim.scenario import ScenarioFile
+from hydro_sim.settings import HostConfig
 from hydro_sim.simulation import Simulation, build
+from hydro_sim.traces import TraceJob
 from hydro_slurm.errors import ConfigError, TraceError
 from hydro_slurm.model import COMPLETE, PRUNED
 from hydro_slurm.policy import MovePolicy
@@ -52,7 +55,7 @@ def run(file: ScenarioFile, **changes: object) -> Simulation:
 
 def check_world(simulation: Simulation) -> None:
     by_slot = defaultdict(list)
-    for record in simulation.overlay.records:
+    for record in simulation.overlay.running.records:
         by_slot[record.slot].append((record.start_s, record.end_s))
     for spans in by_slot.values():
         ordered = sorted(spans)
@@ -73,7 +76,7 @@ def test_a_study_in_bubbles_takes_what_the_shares_say(scenario_file: Write) -> N
     simulation = run(scenario_file(ONE), policy__hosts={"min_age_s": 0.0})
     (study,) = simulation.studies
     assert study.end_s == pytest.approx(4000.0), "four trials of 1000 steps at a quarter of a step per second"
-    assert len(simulation.overlay.records) == 4
+    assert len(simulation.overlay.running.records) == 4
     assert study.bubble_device_s == pytest.approx(4 * 1000.0)
     check_world(simulation)
 
@@ -89,10 +92,10 @@ def test_everything_ends_once_and_devices_are_conserved(scenario_file: Write) ->
     check_world(simulation)
     for study in simulation.studies:
         assert len(study.verified) == min(2, sum(trial.state == COMPLETE for trial in study.trials)) > 0
-    own = {record.slot for record in simulation.overlay.records if record.purpose == "verify"}
+    own = {record.slot for record in simulation.overlay.running.records if record.purpose == "verify"}
     assert own, "promoted trials run"
     assert all(".own." in slot for slot in own), "and they do on exclusive devices"
-    assert any(record.host for record in simulation.overlay.records), "early rungs run in bubbles"
+    assert any(record.host for record in simulation.overlay.running.records), "early rungs run in bubbles"
 
 
 def test_bubbles_shorten_studies_and_take_nothing_from_the_base_load(scenario_file: Write) -> None:
@@ -131,9 +134,11 @@ def test_memory_limits_the_lanes(scenario_file: Write) -> None:
     changes = {"studies__0__max_lanes": 16, "studies__0__curve": [[1, 1.0], [16, 16.0]], "studies__0__trials": 64}
     roomy = run(scenario_file(ONE), **changes)
     tight = run(scenario_file(ONE), **changes, studies__0__lane_mib=1024.0, hosts__0__free_gib=[5.0, 5.0, 5.0, 0.5])
-    assert max(record.num_lanes for record in roomy.overlay.records) == 16
-    assert max(record.num_lanes for record in tight.overlay.records) == 4
-    assert {record.slot.split(".")[1] for record in tight.overlay.records} == {"0", "1", "2"}, "no lane fits stage 3"
+    assert max(record.num_lanes for record in roomy.overlay.running.records) == 16
+    assert max(record.num_lanes for record in tight.overlay.running.records) == 4
+    assert {record.slot.split(".")[1] for record in tight.overlay.running.records} == {"0", "1", "2"}, (
+        "no lane fits stage 3"
+    )
 
 
 def test_device_types_go_to_the_studies_that_gain_from_them(scenario_file: Write) -> None:
@@ -161,7 +166,7 @@ learning_s = 0.0
 """
     simulation = run(scenario_file(text), policy__hosts={"min_age_s": 0.0})
     by_study = {
-        study.id: {record.host for record in simulation.overlay.records if record.study == study.id}
+        study.id: {record.host for record in simulation.overlay.running.records if record.study == study.id}
         for study in simulation.studies
     }
     assert by_study == {"study": {"host"}, "gains": {"second"}}
@@ -172,8 +177,8 @@ def test_eager_transfer_is_off_unless_asked_for(scenario_file: Write) -> None:
     file = scenario_file()
     eager = run(file, policy__eager_transfer=True)
     check_world(eager)
-    starts = [record.start_s for record in eager.overlay.records if record.purpose == "verify"]
-    plain = [record.start_s for record in run(file).overlay.records if record.purpose == "verify"]
+    starts = [record.start_s for record in eager.overlay.running.records if record.purpose == "verify"]
+    plain = [record.start_s for record in run(file).overlay.running.records if record.purpose == "verify"]
     assert min(starts) <= min(plain)
 
 
@@ -243,6 +248,14 @@ def test_large_jobs_of_a_trace_can_be_the_hosts(scenario_file: Write) -> None:
     assert num_trace == 300
     assert all(host.devices >= 8 and host.duration_s >= 1800 for host in simulation.hosts)
     check_world(simulation)
+
+
+def test_a_job_that_has_offered_its_bubbles_is_a_host_whatever_its_size() -> None:
+    config = HostConfig(from_trace_devices=16, from_trace_hours=6.0)
+    assert not is_host(TraceJob(0.0, 60.0, 4), config)
+    assert is_host(TraceJob(0.0, 60.0, 4, comment="v1 hydro:share"), config)
+    assert is_host(TraceJob(0.0, 7 * 3600.0, 16), config)
+    assert not is_host(TraceJob(0.0, 7 * 3600.0, 18), config), "18 devices make no 4 stages"
 
 
 def test_what_a_scenario_gets_wrong_is_said_in_one_line(scenario_file: Write) -> None:
