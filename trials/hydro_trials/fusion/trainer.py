@@ -10,28 +10,25 @@ Shape suffixes: F = lanes, B = samples per lane, P = values per row, N = samples
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from hydro_slurm.errors import FusionError, HydroError
 from hydro_trials.fusion import sites
 from hydro_trials.fusion.agreement import check_agreement, tolerance_of
-from hydro_trials.fusion.batch import call_model, num_samples
+from hydro_trials.fusion.batch import call_model
 from hydro_trials.fusion.fast import FastProgram
 from hydro_trials.fusion.general import GeneralProgram
-from hydro_trials.fusion.lanes import Lane, LaneStack, LaneState
-from hydro_trials.fusion.layout import FlatLayout
-from hydro_trials.fusion.optimizers import FusedOptimizer
+from hydro_trials.fusion.holder import LaneHolder
 from hydro_trials.fusion.program import GENERAL, PRECISIONS, SEPARATE, Check, Gradients, Program
 from hydro_trials.fusion.programs import make_program
 from hydro_trials.fusion.refusal import NotFusableError
 from hydro_trials.fusion.separate import SeparateProgram
-from hydro_trials.fusion.streams import SampleStream, derive_seed, make_batch
-from hydro_trials.hyperparameters import used_hyperparameters
+from hydro_trials.fusion.streams import derive_seed, make_batch
 from hydro_trials.study import Data, Study
 from hydro_trials.surrogate import Surrogate, check_readouts
 
@@ -40,7 +37,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class FusedTrainer:
+class FusedTrainer(LaneHolder):
     """Trains lanes that differ in hyperparameters, seed and progress.
 
     Args:
@@ -64,34 +61,16 @@ class FusedTrainer:
         kind: str = GENERAL,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.program: Program
-        self.study, self.surrogate, self.num_steps, self.check = study, surrogate, num_steps, check
-        self.device = torch.device(device)
-        self.data = data if self.device.type == "cpu" else _moved(data, self.device)
-        self._template = surrogate.make(0).to(self.device)
-        self.layout = FlatLayout.of(self._template)
-        used = used_hyperparameters(study.optimizer, study.fixed, study.space)
-        self.optimizer = FusedOptimizer(study.optimizer, study.schedule, num_steps, self.layout, surrogate.rules, used)
+        super().__init__(study, surrogate, data, num_steps, device)
+        self.check = check
         self.refusal: NotFusableError | None = None
         """Why lanes run one by one, where the model left no choice."""
+        self.program: Program
         self._programs: dict[tuple[str, int | None], Program] = {}
         self.use(kind)
-        self.lanes: list[Lane] = []
         self._checked_readouts = False
         self._late: BaseException | None = None
         self._unused: list[slice] = []
-        self.torn = False
-        """Whether an update was broken off half way (out of memory): the lanes' state is no whole step."""
-        self._install(self._empty(), [])
-
-    @property
-    def trials(self) -> list[int]:
-        """The lanes' trials, in the order of their rows."""
-        return [lane.trial for lane in self.lanes]
-
-    def lane(self, trial: int) -> Lane:
-        """The lane of a trial."""
-        return self.lanes[self._row(trial)]
 
     def use(self, kind: str, *, depth: int | None = None) -> None:
         """Run lanes another way from the next step on.
@@ -128,55 +107,6 @@ class FusedTrainer:
         tolerance = tolerance_of(self.layout.dtype, lower=self.study.precision != "full")
         check_agreement(self.program, reference, self._parameters, self._stack.buffers, batch, tolerance)
 
-    def new_module(self) -> nn.Module:
-        """A module of the lanes' structure, for a program; its parameters mean nothing."""
-        return self.surrogate.make(0).to(self.device)
-
-    def admit(self, trial: int, seed: int, values: Mapping[str, float], state: LaneState | None = None) -> None:
-        """Add one lane, new or going on from `state`.
-
-        Raises:
-            FusionError: The trial is here already, or `state` belongs to another model or optimizer.
-        """
-        if trial in self.trials:
-            raise FusionError(f"trial {trial} is in this bundle already")
-        state = state or self._initial_state(seed)
-        row_P = self.layout.pack(state.parameters)
-        first = self.optimizer.initial_slots(values)
-        slots = {
-            name: self.layout.pack(state.optimizer[name]) if name in state.optimizer else torch.full_like(row_P, value)
-            for name, value in first.items()
-        }
-        if state.optimizer and set(state.optimizer) != set(slots):
-            raise FusionError(
-                f"the checkpoint of trial {trial} holds optimizer state {', '.join(sorted(state.optimizer))}, "
-                f"needed {', '.join(slots)}; it was written by another optimizer"
-            )
-        for name, stacked in self._stack.buffers.items():
-            if name not in state.buffers or state.buffers[name].shape != stacked.shape[1:]:
-                raise FusionError(
-                    f"the checkpoint of trial {trial} has no fitting buffer {name}; is this another model?"
-                )
-        batch_size = round(values.get("batch_size", self.study.batch_size))
-        order = self.study.seed if self.study.data_order == "shared" else seed
-        stream = SampleStream(order, num_samples(self.data.train[0]), batch_size)
-        one = torch.ones(1, dtype=torch.bool, device=self.device)
-        row = LaneStack(
-            flat=row_P.unsqueeze(0).to(self.device),
-            slots={name: slot.unsqueeze(0).to(self.device) for name, slot in slots.items()},
-            buffers={k: state.buffers[k].detach().unsqueeze(0).to(self.device) for k in self._stack.buffers},
-            finite=one,
-            num_finite=one * state.step,
-            losses=torch.full((1,), torch.nan, dtype=self.layout.dtype, device=self.device),
-        )
-        self._install(self._stack.joined(row), [*self.lanes, Lane(trial, seed, dict(values), stream, state.step)])
-
-    def drop(self, trials: Collection[int]) -> None:
-        """Remove lanes; the others keep parameters, buffers, optimizer state and step."""
-        rows = [row for row, lane in enumerate(self.lanes) if lane.trial not in trials]
-        if len(rows) < len(self.lanes):
-            self._install(self._stack.select(rows), [self.lanes[row] for row in rows])
-
     def split(self, trials: Collection[int]) -> FusedTrainer:
         """Move lanes, as they are, to a new trainer.
 
@@ -196,20 +126,6 @@ class FusedTrainer:
         other._install(self._stack.select(rows), [self.lanes[row] for row in rows])
         self.drop(trials)
         return other
-
-    def merge(self, other: FusedTrainer) -> None:
-        """Take over all lanes of another trainer of the same study and width; it is empty afterwards.
-
-        Raises:
-            FusionError: The trainers differ, or both have a trial; neither has changed then.
-        """
-        if other.layout != self.layout or (other.study, other.num_steps) != (self.study, self.num_steps):
-            raise FusionError("got bundles of different studies, widths or budgets, needed two of the same to merge")
-        twice = set(self.trials) & set(other.trials)
-        if twice:
-            raise FusionError(f"trials {sorted(twice)} are in both bundles; drop them from one")
-        self._install(self._stack.joined(other._stack), [*self.lanes, *other.lanes])
-        other._install(other._empty(), [])
 
     def step(self) -> None:
         """One optimizer step of every lane."""
@@ -303,30 +219,6 @@ class FusedTrainer:
                 found[lane.trial] = error
         return found
 
-    def state(self, trial: int) -> LaneState:
-        """A copy of one lane, for a checkpoint; shares no memory with the bundle."""
-        row = self._row(trial)
-        return LaneState(
-            step=self.lanes[row].step,
-            parameters=self.layout.unpack(self._stack.flat[row]),
-            buffers={name: tensor[row].clone() for name, tensor in self._stack.buffers.items()},
-            optimizer={name: self.layout.unpack(tensor[row]) for name, tensor in self._stack.slots.items()},
-        )
-
-    def export(self, trial: int) -> dict[str, Tensor]:
-        """One lane as an ordinary `state_dict` of the plain module, on the CPU; shares no memory with the bundle."""
-        module = self.surrogate.make(0)
-        state = self.state(trial)
-        known = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        with torch.no_grad():
-            for name, value in {**state.parameters, **state.buffers}.items():
-                known[name].copy_(value)
-        return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-
-    def state_bytes(self) -> int:
-        """Memory of what the lanes keep between steps: parameters, optimizer state, buffers."""
-        return self._stack.num_bytes
-
     def set_check(self, check: Check) -> None:
         """Have another gate asked at the boundaries."""
         self.check = check
@@ -403,33 +295,6 @@ class FusedTrainer:
                 pieces.append(gap)
         return torch.cat(pieces, dim=1)
 
-    def _install(self, stack: LaneStack, lanes: list[Lane]) -> None:
-        """Put other rows in place, all at once: whatever can fail has been done before."""
-        views = {k: view.detach().requires_grad_() for k, view in self.layout.views(stack.flat).items()}
-        gaps = [stack.flat.new_zeros(len(lanes), size) if size else None for size in self.layout.gaps()]
-        self._stack, self.lanes, self._parameters, self._gaps, self.torn = stack, lanes, views, gaps, False
-
-    def _empty(self) -> LaneStack:
-        flat_FP = torch.zeros(0, self.layout.row_size, dtype=self.layout.dtype, device=self.device)
-        return LaneStack(
-            flat=flat_FP,
-            slots={name: torch.zeros_like(flat_FP) for name in self.optimizer.slot_names},
-            buffers={name: tensor.unsqueeze(0)[:0] for name, tensor in _constants(self._template).items()},
-            finite=torch.ones(0, dtype=torch.bool, device=self.device),
-            num_finite=torch.zeros(0, dtype=torch.long, device=self.device),
-            losses=torch.zeros(0, dtype=self.layout.dtype, device=self.device),
-        )
-
-    def _initial_state(self, seed: int) -> LaneState:
-        module = self.surrogate.make(derive_seed(seed, "init"))
-        return LaneState(0, {name: p.detach() for name, p in module.named_parameters()}, _constants(module), {})
-
-    def _row(self, trial: int) -> int:
-        for row, lane in enumerate(self.lanes):
-            if lane.trial == trial:
-                return row
-        raise FusionError(f"trial {trial} is not in this bundle; it holds {self.trials}")
-
     def _quiet_check(self) -> None:
         """A boundary inside the update: an exception waits until the update is whole."""
         if self._late is None:
@@ -442,14 +307,3 @@ class FusedTrainer:
         if self._late is not None:
             late, self._late = self._late, None
             raise late
-
-
-def _constants(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers and frozen parameters: stacked like parameters, touched by no optimizer."""
-    frozen = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
-    return {**frozen, **dict(module.named_buffers())}
-
-
-def _moved(data: Data, device: torch.device) -> Data:
-    train, valid = tree_map(lambda tensor: tensor.to(device), (data.train, data.valid))
-    return Data(train=train, valid=valid)
