@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from hydro_slurm.errors import FormatError
+from hydro_slurm.model import LaneSpec
 from hydro_trials.fusion import LaneState
 
 FORMAT, VERSION = "hydro.checkpoint", 1
@@ -86,3 +88,26 @@ def read_checkpoint(path: Path, trial: int, width_scale: float) -> Checkpoint:
         )
     state = LaneState(document["step"], document["parameters"], document["buffers"], document["optimizer"])
     return Checkpoint(trial, width_scale, float(document["lane_seconds"]), state)
+
+
+def newest_checkpoint(
+    lanes: Path, lane: LaneSpec, width_scale: float, on_bad: Callable[[int, FormatError], None]
+) -> Checkpoint | None:
+    """The furthest readable checkpoint of a lane: its own bundle's, or the one that it was handed over with.
+
+    Args:
+        lanes: The bundle's folder of checkpoints.
+        lane: Whose.
+        width_scale: S of the bundle.
+        on_bad: Told of each one that cannot be read.
+    """
+    paths = list_checkpoints(lanes, lane.trial)
+    if lane.checkpoint is not None and Path(lane.checkpoint) not in paths:
+        paths.append(Path(lane.checkpoint))
+    found: list[Checkpoint] = []
+    for path in paths:
+        try:
+            found.append(read_checkpoint(path, lane.trial, width_scale))
+        except FormatError as error:
+            on_bad(lane.trial, error)
+    return max(found, key=lambda checkpoint: checkpoint.state.step, default=None)

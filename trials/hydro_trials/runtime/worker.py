@@ -21,7 +21,7 @@ from hydro_trials.fusion.program import SEPARATE
 from hydro_trials.hyperparameters import resolve_hyperparameters
 from hydro_trials.planner.memory import give_back_free, is_out_of_memory, resident_bytes
 from hydro_trials.runtime.bundle_dir import BundleDir
-from hydro_trials.runtime.checkpoints import Checkpoint, list_checkpoints, read_checkpoint, write_checkpoint
+from hydro_trials.runtime.checkpoints import Checkpoint, newest_checkpoint, write_checkpoint
 from hydro_trials.runtime.gating import BundleGate, LeaveRequested
 from hydro_trials.runtime.plan import LanePlan
 from hydro_trials.runtime.progress import ProgressReporter
@@ -179,7 +179,7 @@ class BundleWorker:
 
     def _admit_one(self, lane: LaneSpec) -> int:
         values = resolve_hyperparameters(self.study.optimizer, self.study.schedule, self.study.fixed, lane.params)
-        checkpoint = self._newest_checkpoint(lane)
+        checkpoint = newest_checkpoint(self._files.lanes, lane, self.spec.width_scale, self._on_bad_checkpoint)
         self.trainer.admit(lane.trial, lane.seed, values, checkpoint.state if checkpoint else None)
         self._lanes_changed()
         self._count_share()
@@ -191,19 +191,9 @@ class BundleWorker:
         self._files.event("admitted", trial=lane.trial, step=step)
         return step
 
-    def _newest_checkpoint(self, lane: LaneSpec) -> Checkpoint | None:
-        """The furthest readable checkpoint of a lane: its own bundle's, or the one that it was handed over with."""
-        found: list[Checkpoint] = []
-        paths = list_checkpoints(self._files.lanes, lane.trial)
-        if lane.checkpoint is not None and Path(lane.checkpoint) not in paths:
-            paths.append(Path(lane.checkpoint))
-        for path in paths:
-            try:
-                found.append(read_checkpoint(path, lane.trial, self.spec.width_scale))
-            except FormatError as error:
-                logger.error("bundle=%s trial=%d: %s", self.spec.bundle, lane.trial, error)
-                self._files.event("bad_checkpoint", trial=lane.trial, reason=str(error))
-        return max(found, key=lambda checkpoint: checkpoint.state.step, default=None)
+    def _on_bad_checkpoint(self, trial: int, error: FormatError) -> None:
+        logger.error("bundle=%s trial=%d: %s", self.spec.bundle, trial, error)
+        self._files.event("bad_checkpoint", trial=trial, reason=str(error))
 
     def _step(self) -> None:
         self.trainer.step()
