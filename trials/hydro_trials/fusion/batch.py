@@ -5,7 +5,7 @@ Shape suffixes: F = lanes, B = samples per lane (of the lane with most samples, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,12 @@ def num_samples(x: Tree) -> int:
 def take(tree: Tree, index: Tensor) -> Tree:
     """Samples by their numbers; `index` may have any shape, which replaces the first dimension."""
     return tree_map(lambda t: t.index_select(0, index.reshape(-1).to(t.device)).view(*index.shape, *t.shape[1:]), tree)
+
+
+def in_chunks(tree: Tree, size: int) -> Iterator[Tree]:
+    """Parts of `size` samples, the last one shorter."""
+    for start in range(0, num_samples(tree), size):
+        yield tree_map(lambda leaf, start=start: leaf[start : start + size], tree)
 
 
 def concatenate(parts: list[Tree], dim: int) -> Tree:

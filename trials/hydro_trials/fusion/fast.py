@@ -9,19 +9,27 @@ Shape suffixes: F = lanes, B = samples per lane, N = samples.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn, vmap
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from hydro_trials.fusion import kernels, sites
-from hydro_trials.fusion.batch import LaneBatch, Tree, call_model, concatenate
+from hydro_trials.fusion.batch import LaneBatch, Tree, call_model, concatenate, in_chunks
 from hydro_trials.fusion.folding import LANE_MAJOR, SHARED, Value
 from hydro_trials.fusion.intercept import lane_functions
 from hydro_trials.fusion.lane_ops import Pass
-from hydro_trials.fusion.program import FAST, Check, Gradients, Loss, boundary_modules, check_scalar, lower_precision
+from hydro_trials.fusion.program import (
+    FAST,
+    Check,
+    Gradients,
+    Loss,
+    boundary_modules,
+    check_scalar,
+    lower_precision,
+    weighted_loss,
+)
 from hydro_trials.fusion.randomness import LaneGenerators
 from hydro_trials.fusion.tracing import LaneGraph, state_names
 
@@ -115,8 +123,7 @@ class FastProgram:
             self._generators.seed(seeds)
         run = self._pass(self._evaluation, parameters, buffers, len(seeds))
         parts = []
-        for start in range(0, len(tree_leaves(x_N)[0]), chunk):
-            x_B = tree_map(lambda leaf, start=start: leaf[start : start + chunk], x_N)
+        for x_B in in_chunks(x_N, chunk):
             self._check(sites.EVALUATE)
             parts.append(self._forward(self._evaluation, run, x_B, SHARED))
         return concatenate(parts, dim=1)
@@ -156,15 +163,10 @@ class FastProgram:
         return loss
 
     def _weighted_loss(self, output_B: Tree, y_B: Tree, lane: Tensor, weights_B: Tensor) -> Tensor:
-        """As `GeneralProgram` has it: sample by sample, so that padding can be left out."""
-
-        def of_sample(output: Any, y: Any) -> Tensor:
-            return check_scalar(self.loss(*tree_map(lambda t: t.unsqueeze(0), (output, y))))
-
         with lane_functions(lane, self._generators if self._loss_draws else None) as mode:
-            losses_B: Tensor = vmap(of_sample)(output_B, y_B)
+            loss = weighted_loss(self.loss, output_B, y_B, weights_B)
         self._loss_draws = mode is not None and mode.num_handled > 0
-        return (losses_B.where(weights_B > 0, 0) * weights_B.to(losses_B.dtype)).sum()
+        return loss
 
 
 def _are_classes(output: Tree, y: Tree) -> bool:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from hydro_trials.fusion import sites
-from hydro_trials.fusion.batch import LaneBatch, Tree, call_model, concatenate
+from hydro_trials.fusion.batch import LaneBatch, Tree, call_model, concatenate, in_chunks
 from hydro_trials.fusion.intercept import lane_functions
 from hydro_trials.fusion.lower_precision import LanePrecision
-from hydro_trials.fusion.program import GENERAL, Boundaries, Check, Gradients, Loss, check_scalar
+from hydro_trials.fusion.program import GENERAL, Boundaries, Check, Gradients, Loss, check_scalar, weighted_loss
 from hydro_trials.fusion.randomness import LaneGenerators
 from hydro_trials.fusion.refusal import refusal
 
@@ -93,9 +93,7 @@ class GeneralProgram:
         self.module.eval()
         parts = []
         lanes_F = self._seeded(seeds)
-        chunks = [torch.split(leaf, chunk) for leaf in tree_leaves(x_N)]
-        for number in range(len(chunks[0])):
-            x_B = _pick(x_N, chunks, number)
+        for x_B in in_chunks(x_N, chunk):
             self.boundaries.check(sites.EVALUATE)
 
             def run(x_B: Tree = x_B) -> tuple[Tensor, ...]:
@@ -151,17 +149,10 @@ class GeneralProgram:
         lane: Tensor,
         weights_B: Tensor,
     ) -> Tensor:
-        """The loss sample by sample, so that padding can be left out. Exact where the loss is a mean over samples."""
         with lane_functions(lane, self._generators, self._precision) as mode:
-            output_B = self._forward(parameters, buffers, x_B)
-
-            def of_sample(output: Any, y: Any) -> Tensor:
-                alone = tree_map(lambda t: t.unsqueeze(0), (output, y))
-                return check_scalar(self.loss(*alone))
-
-            losses_B: Tensor = vmap(of_sample)(output_B, y_B)
+            loss = weighted_loss(self.loss, self._forward(parameters, buffers, x_B), y_B, weights_B)
         self._is_intercepted |= mode is not None and mode.num_handled > 0
-        return (losses_B.where(weights_B > 0, 0) * weights_B.to(losses_B.dtype)).sum()
+        return loss
 
     def _seeded(self, seeds: tuple[int, ...]) -> Tensor:
         if self._generators is not None:
@@ -191,8 +182,3 @@ def _copied(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _for_all(tree: Tree, num_lanes: int) -> Tree:
     """Every tensor with a dimension of lanes in front, without a copy."""
     return tree_map(lambda leaf: leaf.unsqueeze(0).expand(num_lanes, *leaf.shape), tree)
-
-
-def _pick(x_N: Tree, chunks: list[tuple[Tensor, ...]], number: int) -> Tree:
-    rest = iter(chunks)
-    return tree_map(lambda leaf: next(rest)[number], x_N)

@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, vmap
+from torch.utils._pytree import tree_map
 
 from hydro_slurm.errors import FusionError
 from hydro_trials.fusion import sites
@@ -171,6 +172,23 @@ def check_scalar(loss: object) -> Tensor:
             f"the loss of one lane has shape {tuple(loss.shape)}, needed a scalar; return the mean over samples"
         )
     return loss
+
+
+def weighted_loss(loss: Loss, output_B: Any, y_B: Any, weights_B: Tensor) -> Tensor:
+    """One lane's loss, sample by sample, so that padding can be left out. Exact where the loss is a mean over samples.
+
+    Args:
+        loss: The study's loss.
+        output_B: The model's output for this lane.
+        y_B: Targets.
+        weights_B: Weight of each sample; 0 for padding.
+    """
+
+    def of_sample(output: Any, y: Any) -> Tensor:
+        return check_scalar(loss(*tree_map(lambda t: t.unsqueeze(0), (output, y))))
+
+    losses_B: Tensor = vmap(of_sample)(output_B, y_B)
+    return (losses_B.where(weights_B > 0, 0) * weights_B.to(losses_B.dtype)).sum()
 
 
 @contextmanager

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from hydro_trials.fusion import sites
-from hydro_trials.fusion.batch import LaneBatch, Tree, call_model, concatenate
+from hydro_trials.fusion.batch import LaneBatch, Tree, call_model, concatenate, in_chunks
 from hydro_trials.fusion.program import SEPARATE, Boundaries, Check, Gradients, Loss, check_scalar, lower_precision
 
 
@@ -79,8 +79,7 @@ class SeparateProgram:
             state = {name: tensor[row] for name, tensor in {**parameters, **buffers}.items()}
             parts = []
             with _drawing_from(seed):
-                for start in range(0, len(tree_leaves(x_N)[0]), chunk):
-                    x_B = tree_map(lambda leaf, start=start: leaf[start : start + chunk], x_N)
+                for x_B in in_chunks(x_N, chunk):
                     self.boundaries.check(sites.EVALUATE)
                     parts.append(self._call(state, x_B))
             lanes.append(tree_map(_with_lane, concatenate(parts, dim=0)))
