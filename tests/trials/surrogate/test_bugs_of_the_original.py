@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import study_of
+from small_nets import study_of
 from torch import Tensor, nn
 
 from hydro_trials.fusion import FusedTrainer

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import GPT, Encoder, ResNet18, mlp, mobilenet_v3, study_of, vgg11, wide_resnet50
+from small_nets import GPT, Encoder, ResNet18, mlp, mobilenet_v3, study_of, vgg11, wide_resnet50
 from torch import Tensor, nn
 
 import hydro_trials as hydro

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import NUM_CLASSES, NUM_POSITIONS, VOCABULARY, study_of
+from small_nets import NUM_CLASSES, NUM_POSITIONS, VOCABULARY, study_of
 
 import hydro_trials as hydro
 from hydro_slurm.errors import SurrogateError

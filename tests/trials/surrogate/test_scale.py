@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from nets import GPT, mlp, study_of
+from small_nets import GPT, mlp, study_of
 from torch import nn
 
 import hydro_trials as hydro

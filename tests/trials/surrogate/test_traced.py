@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import GPT, VOCABULARY, Encoder, ResNet18, mobilenet_v3, vgg11
+from small_nets import GPT, VOCABULARY, Encoder, ResNet18, mobilenet_v3, vgg11
 from torch import Tensor, nn
 
 from hydro_slurm.errors import SurrogateError
