@@ -96,7 +96,7 @@ class Reconciler:
 
     def _cycle(self) -> str:
         world = self.backend.read()
-        plan = self._decider.decide(self.clock.wall_s(), world.demands, world.slots, world.bundles)
+        plan = self._decider.decide(self.clock.monotonic_ns() / 1e9, world.demands, world.slots, world.bundles)
         for finish in plan.finishes:
             self.backend.finish(finish)
         for refill in plan.refills:

@@ -296,6 +296,9 @@ class Scenario:
         _check(bool(self.partitions), "a scenario needs a partition")
         names = [partition.name for partition in self.partitions]
         _check(len(names) == len(set(names)), f"partitions of the same name: {', '.join(names)}")
+        for what, called in (("hosts", [h.name for h in self.hosts]), ("studies", [s.name for s in self.studies])):
+            twice = sorted({name for name in called if called.count(name) > 1})
+            _check(not twice, f"{what} of the same name: {', '.join(twice)}; give each [[{what}]] its own name")
         groups = [(host.name, host.partition) for host in self.hosts]
         groups += [(study.name, study.partition) for study in self.studies]
         for name, partition in groups:

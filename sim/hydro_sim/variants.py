@@ -42,6 +42,8 @@ def run_point(path: Path, point: Point) -> Row:
     changes = dict(point.changes)
     simulation = build(file.scenario(changes), file.folder)
     simulation.run()
+    if simulation.interrupted:
+        raise KeyboardInterrupt  # part of a run is no result to compare
     found = summary(simulation)
     found["makespan_without_bubbles_h"] = found["reduction"] = None
     if (
@@ -51,6 +53,8 @@ def run_point(path: Path, point: Point) -> Row:
     ):
         without = build(file.scenario({**changes, **NO_BUBBLES}), file.folder)
         without.run()
+        if without.interrupted:
+            raise KeyboardInterrupt
         alone_h = summary(without)["makespan_h"]
         found["makespan_without_bubbles_h"] = alone_h
         if alone_h and found["makespan_h"]:

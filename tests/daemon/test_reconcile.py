@@ -83,3 +83,14 @@ def test_a_long_back_off_is_left_at_once_when_told() -> None:
     end_s = clock.wall_s() + 2.0
     loop.run(lambda: clock.wall_s() >= end_s, lambda: None)
     assert clock.wall_s() == end_s
+
+
+def test_a_clock_that_is_set_back_stops_no_decision() -> None:
+    """Wall clocks jump; deciding goes by the other one."""
+    clock = ManualClock()
+    backend = RecordingBackend(World((DEMAND,), (Slot(id="a"),), ()))
+    loop = Reconciler(backend, interval_s=1.0, clock=clock)
+    assert loop.run_cycle().startswith("launched=1")
+    clock._wall_s -= 3600.0
+    clock._monotonic_ns += 1_000_000_000
+    assert loop.run_cycle().startswith("launched=1")

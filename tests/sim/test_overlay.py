@@ -12,10 +12,11 @@ import pytest
 from hydro_sim import metrics
 from hydro_sim.host_jobs import is_host
 from hydro_sim.results import write_results
-from hydro_sim.scenario import ScenarioFile
+from hydro_sim.scenario import ScenarioFile, read_scenario
 from hydro_sim.settings import HostConfig
 from hydro_sim.simulation import Simulation, build
 from hydro_sim.traces import TraceJob
+from hydro_sim.variants import Point, run_points
 from hydro_slurm.errors import ConfigError, TraceError
 from hydro_slurm.model import COMPLETE, PRUNED
 from hydro_slurm.policy import MovePolicy
@@ -272,3 +273,31 @@ def test_what_a_scenario_gets_wrong_is_said_in_one_line(scenario_file: Write) ->
     file = scenario_file('[trace]\nformat = "philly"\nfile = "nowhere.csv"\n')
     with pytest.raises(TraceError, match=r"no trace is called nowhere\.csv in .*; set TRACES"):
         build(file.scenario(), file.folder)
+
+
+def test_a_sweep_keeps_no_part_of_a_run_and_ends_when_it_is_interrupted(
+    scenario_file: Callable[..., ScenarioFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [0]
+    whole = Simulation.run
+
+    def run_some(simulation: Simulation) -> None:
+        runs[0] += 1
+        whole(simulation)
+        simulation.interrupted = runs[0] == 3  # the second point's first run
+
+    monkeypatch.setattr(Simulation, "run", run_some)
+    points = [Point(str(seed), (("seed", seed),)) for seed in range(3)]
+    assert list(run_points(scenario_file().path, points, 1, lambda done, total: None)) == [0]
+    assert runs == [3]
+
+
+@pytest.mark.parametrize("group", ["hosts", "studies"])
+def test_two_groups_of_one_name_are_refused(scenario_file: Callable[..., ScenarioFile], group: str) -> None:
+    path = scenario_file().path
+    path.write_text(path.read_text().replace("[trace]", f'[[{group}]]\nname = "{NAMES[group]}"\n\n[trace]'))
+    with pytest.raises(ConfigError, match=f"{group} of the same name"):
+        read_scenario(path).scenario()
+
+
+NAMES = {"hosts": "gpt", "studies": "tune"}

@@ -107,6 +107,15 @@ def test_sacct_output_is_read_with_steps_arrays_limits_and_typed_gpus(tmp_path: 
         load_sacct(write(tmp_path, text), zone="Mars/Base")
 
 
+def test_a_job_name_that_begins_with_a_quotation_mark_takes_no_rows_with_it(tmp_path: Path) -> None:
+    """sacct quotes nothing."""
+    row = sacct_row(41, "2026-01-01T00:00:00", "2026-01-01T00:10:00", "2026-01-01T02:10:00", 7200)
+    odd = row.split("|")
+    odd[1] = '"my run'
+    trace = load_sacct(write(tmp_path, SACCT + 3 * row + "|".join(odd) + 3 * row))
+    assert (len(trace.jobs), trace.bad_rows) == (7, [])
+
+
 def test_what_sacct_writes_about_gpus_and_limits_is_understood() -> None:
     assert count_gpus("billing=64,gres/gpu:a100=4,gres/gpu=4") == 4
     assert count_gpus("gres/gpu:a100=4,gres/gpu:h100=2") == 6

@@ -107,7 +107,10 @@ def read_table(
     num_rows = 0
     try:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            for line, row in _rows(csv.reader(file, delimiter=delimiter), path, columns, optional):
+            # sacct quotes nothing: to it, a name that begins with a quotation mark is a name
+            unquoted = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+            rows = unquoted if delimiter == "|" else csv.reader(file, delimiter=delimiter)
+            for line, row in _rows(rows, path, columns, optional):
                 num_rows += 1
                 try:
                     if row is None:
