@@ -290,7 +290,7 @@ def test_a_model_trains_as_with_torch_in_float64(
     lanes = [resolve(kind, {**values, "lr": 0.1 * values["lr"]}) for values in LANES[kind][:4]]
     names = {name for values in LANES[kind] for name in values}
     space = {name: hydro.Categorical([lane[name] for lane in lanes]) for name in names}
-    study = make_study(build=build, optimizer=kind, space=space)
+    study = make_study(build=build, optimizer=kind, space=space, data_order="per_trial")
     surrogate = make_surrogate(build, scale, kind)
     trainer = FusedTrainer(study, surrogate, data64, 50, lambda site: None)
     for trial, values in enumerate(lanes):
