@@ -176,9 +176,14 @@ def test_page_damaged_under_a_running_reader(
 
 
 def test_without_the_guard_a_shrunk_page_kills_its_reader(shared_memory: Path, start_program: Start) -> None:
-    """Shows that the test above tests something."""
-    process = damage_gates_of_a_running_reader(shared_memory, start_program, "unguarded", shrink)
-    assert process.returncode == -signal.SIGBUS
+    """Shows that the test above tests something. Whether a load meets the damage is chance, more so on a busy machine."""
+    for attempt in range(20):
+        directory = shared_memory / f"attempt-{attempt}"
+        directory.mkdir()
+        process = damage_gates_of_a_running_reader(directory, start_program, "unguarded", shrink)
+        if process.returncode == -signal.SIGBUS:
+            return
+    pytest.fail("no load of 20 times 60 gates met a shrunk page")
 
 
 @pytest.mark.parametrize("handler", ["default", "faulthandler"])
