@@ -176,7 +176,7 @@ def test_page_damaged_under_a_running_reader(
 
 
 def test_without_the_guard_a_shrunk_page_kills_its_reader(shared_memory: Path, start_program: Start) -> None:
-    """Shows that the test above tests something. Whether a load meets the damage is chance, more so on a busy machine."""
+    """Shows that the test above tests something. Whether a load meets the damage is chance."""
     for attempt in range(20):
         directory = shared_memory / f"attempt-{attempt}"
         directory.mkdir()
