@@ -160,7 +160,7 @@ def check_coordinates(
     """
     if len(set(width_scales)) < 3:
         raise SurrogateError(f"got width scales {list(width_scales)}, needed at least three different ones")
-    shrink = shrink or (lambda scale: study_surrogate(study, scale, data))
+    shrink = shrink or (lambda scale: study_surrogate(study, scale, data, redraw=True))
     values = resolve_hyperparameters(study.optimizer, study.schedule, study.fixed, params)
     study, values = _at_constant_lr(study, values)
     surrogates = [shrink(scale) for scale in width_scales]

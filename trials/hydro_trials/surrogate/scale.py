@@ -110,7 +110,7 @@ def check_widths(
             continue
         try:
             if candidate not in found:
-                found[candidate] = study_surrogate(study, candidate, data)
+                found[candidate] = study_surrogate(study, candidate, data, redraw=True)
             scales.append(candidate)
         except SurrogateError as error:
             reason = str(error)
