@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_nets import GPT, mlp, study_of
@@ -15,6 +16,7 @@ from hydro_slurm.cli.main import main
 from hydro_slurm.errors import StudyError, SurrogateError
 from hydro_trials.runtime.check import check_study
 from hydro_trials.runtime.describe import AUTO_SCALE, to_description
+from hydro_trials.runtime.surrogate_reports import report_coordinates, report_sweep
 from hydro_trials.surrogate import make_surrogate
 from hydro_trials.surrogate.fidelity import kendall_tau, regret_at
 from hydro_trials.surrogate.limits import poor_transfers
@@ -148,6 +150,55 @@ def test_surrogate_sweep_compares_with_and_without_mup(
     assert found["fidelity"]["num_configurations"] == 4
     assert set(found["fidelity"]["regret"]) == {"1", "2", "3"}
     assert (tmp_path / "sweep.html").read_text().count("<svg") == 2
+
+
+def sweep(file: Path, **options: Any) -> str:
+    defaults = {"scales": None, "num_lrs": 3, "num_steps": None, "num_seeds": 1, "num_configurations": 0}
+    return report_sweep(file, options.pop("output", None), as_json=True, **{**defaults, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"num_lrs": 1}, "--lrs: got 1, needed 2 or more"),
+        ({"num_lrs": 0}, "--lrs: got 0, needed 2 or more"),
+        ({"num_seeds": 0}, "--seeds: got 0, needed 1 or more"),
+        ({"num_steps": 0}, "--steps: got 0, needed 1 or more"),
+        ({"num_steps": -2}, "--steps: got -2, needed 1 or more"),
+        ({"scales": [2, 0]}, "--scales: got 0, needed a number of 1 or more"),
+        ({"num_configurations": 1}, r"--configurations: got 1, needed 0 \(none\) or 2 or more"),
+        ({"num_configurations": -2}, r"--configurations: got -2, needed 0 \(none\) or 2 or more"),
+        ({"output": Path("plot.png")}, "--output plot.png: needed a name that ends with .html or .svg"),
+        ({"output": Path("no/such/plot.svg")}, "--output no/such/plot.svg: there is no folder .*; make it first"),
+    ],
+)
+def test_wrong_arguments_of_a_sweep_end_at_once(options: dict[str, Any], complaint: str) -> None:
+    """Before the study is read: the file need not even exist."""
+    with pytest.raises(SurrogateError, match=complaint):
+        sweep(Path("no_such_study.py"), **options)
+
+
+def test_wrong_arguments_of_a_check_end_at_once() -> None:
+    with pytest.raises(SurrogateError, match=r"--scale: got 0.5, needed a number of 1 or more"):
+        report_coordinates(Path("no_such_study.py"), None, 0.5, as_json=True)
+    with pytest.raises(SurrogateError, match=r"--output p.pdf: needed a name"):
+        report_coordinates(Path("no_such_study.py"), Path("p.pdf"), None, as_json=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "options", "complaint"),
+    [
+        ("Float(1e-3, 1.0, log=True)", "Categorical([0.1, 0.2])", {}, r"searches lr among \[0.1, 0.2\], and a range"),
+        ("Float(1e-3, 1.0, log=True)", "Float(0.1, 0.1)", {}, "searches lr from 0.1 to 0.1, which is one value"),
+        ("width_scale=4", "width_scale=1", {"num_configurations": 4}, "width_scale is 1, so there is no surrogate"),
+    ],
+)
+def test_studies_that_cannot_be_swept_end_before_their_data_are_loaded(
+    old: str, new: str, options: dict[str, Any], complaint: str, sound: Path
+) -> None:
+    sound.write_text(SOUND.replace(old, new).replace("def data():", "def data():\n    raise SystemExit('loaded')"))
+    with pytest.raises(SurrogateError, match=complaint):
+        sweep(sound, **options)
 
 
 def test_drift_is_measured_between_the_minima() -> None:

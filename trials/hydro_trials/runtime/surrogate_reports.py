@@ -12,8 +12,14 @@ import torch
 
 from hydro_slurm.errors import SurrogateError
 from hydro_slurm.formats import write_text_atomic
+from hydro_trials.runtime.report_arguments import (
+    check_output,
+    check_scale_argument,
+    check_sweep_arguments,
+    lr_bounds,
+)
 from hydro_trials.runtime.startup import keep_freed_memory
-from hydro_trials.study import Data, Study
+from hydro_trials.study import Study
 from hydro_trials.study_file import load_data, load_study
 from hydro_trials.surrogate.coordinate_check import CoordinateCheck
 from hydro_trials.surrogate.limits import poor_transfers
@@ -37,7 +43,11 @@ def report_coordinates(file: Path, output: Path | None, scale: float | None, *, 
     Raises:
         HydroError: The study cannot be used, or its model not be shrunk.
     """
-    study, data = _load(file, scale)
+    check_output(output)
+    if scale is not None:
+        check_scale_argument("--scale", scale)
+    study = _load(file, scale)
+    data = load_data(study)
     surrogate = choose_scale(study, data, gate=False).surrogate
     if surrogate.width_scale == 1:
         raise SurrogateError("width_scale is 1: the target trains itself; name a width scale to check (--scale)")
@@ -83,13 +93,19 @@ def report_sweep(
     Raises:
         HydroError: The study cannot be used, its model not be shrunk, or it searches no learning rate.
     """
-    study, data = _load(file, None)
-    if "lr" not in study.space:
-        raise SurrogateError("the study searches no learning rate: there is nothing to sweep")
+    check_output(output)
+    check_sweep_arguments(scales, num_lrs, num_steps, num_seeds, num_configurations)
+    study = _load(file, None)
+    low, high = lr_bounds(study.space.get("lr"))
+    if num_configurations and study.width_scale == 1:
+        raise SurrogateError(
+            f"--configurations {num_configurations}: the study's width_scale is 1, so there is no surrogate "
+            "whose ranking could be compared; set Study.width_scale, or leave the option out"
+        )
+    data = load_data(study)
     surrogate = choose_scale(study, data, gate=False).surrogate
     largest = surrogate.width_scale if surrogate.width_scale > 1 else 4.0
     widths = sorted(set(scales or [1.0, math.sqrt(largest), largest] if largest < 4 else scales or _halvings(largest)))
-    low, high = (getattr(study.space["lr"], bound) for bound in ("low", "high"))
     lrs = [low * (high / low) ** (index / (num_lrs - 1)) for index in range(num_lrs)]
     steps = num_steps or study.steps
     sweeps = sweep_widths(study, data, widths, lrs, num_steps=steps, num_seeds=num_seeds)
@@ -128,14 +144,14 @@ def report_sweep(
 _KINDS = ("mup", "standard")
 
 
-def _load(file: Path, scale: float | None) -> tuple[Study, Data]:
+def _load(file: Path, scale: float | None) -> Study:
     torch.set_num_threads(1)
     keep_freed_memory()
     study = load_study(file)
     if scale is not None:
         fields = {name: getattr(study, name) for name in study.__dataclass_fields__}
         study = Study(**{**fields, "width_scale": scale})
-    return study, load_data(study)
+    return study
 
 
 def _halvings(scale: float) -> list[float]:
