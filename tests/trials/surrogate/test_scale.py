@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_nets import GPT, mlp, study_of
-from torch import nn
+from small_nets import GPT, NUM_CLASSES, mlp, study_of
+from torch import Tensor, nn
 
 import hydro_trials as hydro
 from hydro_slurm.cli.main import main
@@ -83,6 +83,36 @@ def test_auto_says_why_nothing_works() -> None:
     study = study_of(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), "sgd", width_scale="auto", max_width_scale=2)
     with pytest.raises(SurrogateError, match=r"no width_scale from 2 to 2 works .*set width_scale to 1"):
         choose_scale(study, study.data(), gate=True)
+
+
+class Pairs(nn.Module):
+    """Turns pairs of its elements: an odd width can be built, but not run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % 2:
+            raise ValueError(f"{x.shape[-1]} elements are no pairs")
+        return x.roll(x.shape[-1] // 2, -1)
+
+
+def test_auto_goes_on_where_the_forward_fails() -> None:
+    def build(width: float) -> nn.Module:
+        size = round(60 * width)
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, size), nn.ReLU(), Pairs(), nn.Linear(size, NUM_CLASSES))
+
+    study = study_of(build, "adam", width_scale="auto", max_width_scale=4)
+    chosen = choose_scale(study, study.data(), gate=True)
+    assert chosen.surrogate.width_scale == 3
+    assert "module 3 does not run at width_scale 4: " in chosen.refused[4.0]
+    assert "15 elements are no pairs" in chosen.refused[4.0]
+
+
+def test_what_a_model_raises_in_a_coordinate_check_names_the_file(sound: Path) -> None:
+    sound.write_text(SOUND.replace("return self.head(", "raise ValueError('no such thing')\n        return self.head("))
+    with pytest.raises(SurrogateError, match=r"does not run at width_scale 4: .*sound\.py:13: .*no such thing"):
+        report_coordinates(sound, None, None, as_json=True)
+    sound.write_text(SOUND.replace("loss=nn.functional.cross_entropy", "loss=lambda output, target: output.no_such()"))
+    with pytest.raises(StudyError, match=r"training a step failed: .*sound\.py:.*no_such"):
+        report_coordinates(sound, None, None, as_json=True)
 
 
 def test_auto_is_decided_by_check_not_by_describe() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hydro_slurm.errors import SurrogateError
+from hydro_slurm.errors import HydroError, StudyError, SurrogateError
 from hydro_slurm.formats import write_text_atomic
 from hydro_trials.runtime.report_arguments import (
     check_output,
@@ -20,7 +21,7 @@ from hydro_trials.runtime.report_arguments import (
 )
 from hydro_trials.runtime.startup import keep_freed_memory
 from hydro_trials.study import Study
-from hydro_trials.study_file import load_data, load_study
+from hydro_trials.study_file import describe_error, load_data, load_study
 from hydro_trials.surrogate.coordinate_check import CoordinateCheck
 from hydro_trials.surrogate.limits import poor_transfers
 from hydro_trials.surrogate.plot import Line, chart, page, paragraphs, side_by_side
@@ -48,10 +49,11 @@ def report_coordinates(file: Path, output: Path | None, scale: float | None, *, 
         check_scale_argument("--scale", scale)
     study = _load(file, scale)
     data = load_data(study)
-    surrogate = choose_scale(study, data, gate=False).surrogate
-    if surrogate.width_scale == 1:
-        raise SurrogateError("width_scale is 1: the target trains itself; name a width scale to check (--scale)")
-    checked = check_scale(study, data, surrogate, quick=False)
+    with _naming(file):
+        surrogate = choose_scale(study, data, gate=False).surrogate
+        if surrogate.width_scale == 1:
+            raise SurrogateError("width_scale is 1: the target trains itself; name a width scale to check (--scale)")
+        checked = check_scale(study, data, surrogate, quick=False)
     problems = checked.problems
     if output is not None:
         write_text_atomic(output, _drawn(output, *_coordinate_page(study, checked, problems)))
@@ -152,6 +154,21 @@ def _load(file: Path, scale: float | None) -> Study:
         fields = {name: getattr(study, name) for name in study.__dataclass_fields__}
         study = Study(**{**fields, "width_scale": scale})
     return study
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Whatever the user's model raises becomes one line that says where in the file.
+
+    Raises:
+        StudyError: That line.
+    """
+    try:
+        yield
+    except HydroError:
+        raise
+    except Exception as error:
+        raise StudyError(f"training a step failed: {describe_error(error, file.absolute())}") from error
 
 
 def _halvings(scale: float) -> list[float]:
