@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hydro_trials.surrogate import make_surrogate
 from hydro_trials.surrogate.fidelity import kendall_tau, regret_at
 from hydro_trials.surrogate.limits import poor_transfers
 from hydro_trials.surrogate.scale import choose_scale
-from hydro_trials.surrogate.sweep import WidthSweep, drift_octaves
+from hydro_trials.surrogate.sweep import WidthSweep, drift_octaves, edge_notes
 
 STUDY = """
 import torch
@@ -238,6 +239,29 @@ def test_drift_is_measured_between_the_minima() -> None:
     assert parabola.best_lr == pytest.approx(2**1.5)
     assert edge.best_lr == 8
     assert drift_octaves([parabola, edge]) == pytest.approx(1.5)
+
+
+def test_minima_at_the_edge_and_missing_ones_are_said() -> None:
+    lrs, inf = (1.0, 2.0, 4.0), float("inf")
+    inside = WidthSweep(1, "mup", lrs, (2.0, 1.0, 2.0))
+    edge = WidthSweep(2, "mup", lrs, (3.0, 2.0, 1.0))
+    nothing = WidthSweep(4, "standard", lrs, (inf, inf, inf))
+    assert nothing.best_lr is None
+    assert drift_octaves([inside, edge, nothing]) == pytest.approx(1)
+    assert math.isnan(drift_octaves([inside, nothing]))
+    at_edge, diverged = edge_notes([inside, edge, nothing])
+    assert "S=2 with muP: the best learning rate 4 is at the edge of the range 1 to 4" in at_edge
+    assert "S=4 without muP: every learning rate diverged" in diverged
+
+
+def test_a_sweep_leaves_out_what_cannot_be_built(tmp_path: Path) -> None:
+    path = tmp_path / "traced.py"
+    path.write_text(SOUND.replace("build=build", "build=build(1)").replace("width_scale=4", "width_scale=1"))
+    found = json.loads(sweep(path, scales=[1, 1.5, 2], num_lrs=2, num_steps=1))
+    assert {each["width_scale"] for each in found["sweeps"]} == {1, 2}
+    assert any(text.startswith("S=1.5 is left out: ") for text in found["warnings"])
+    with pytest.raises(SurrogateError, match=r"no width to sweep can be built \(S=1.5: .*--scales"):
+        sweep(path, scales=[1, 1.5])
 
 
 def test_kendall_tau_and_regret() -> None:

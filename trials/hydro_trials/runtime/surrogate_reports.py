@@ -29,9 +29,11 @@ from hydro_trials.surrogate.scale import check_scale, choose_scale
 from hydro_trials.surrogate.sweep import (
     Fidelity,
     WidthSweep,
+    buildable,
     compare_configurations,
     draw_configurations,
     drift_octaves,
+    edge_notes,
     sweep_widths,
 )
 
@@ -108,10 +110,11 @@ def report_sweep(
     surrogate = choose_scale(study, data, gate=False).surrogate
     largest = surrogate.width_scale if surrogate.width_scale > 1 else 4.0
     widths = sorted(set(scales or [1.0, math.sqrt(largest), largest] if largest < 4 else scales or _halvings(largest)))
+    widths, refused = buildable(study, data, widths)
     lrs = [low * (high / low) ** (index / (num_lrs - 1)) for index in range(num_lrs)]
     steps = num_steps or study.steps
     sweeps = sweep_widths(study, data, widths, lrs, num_steps=steps, num_seeds=num_seeds)
-    drift = {kind: drift_octaves([each for each in sweeps if each.parametrization == kind]) for kind in _KINDS}
+    drift = {kind: _number(drift_octaves([each for each in sweeps if each.parametrization == kind])) for kind in _KINDS}
     fidelity = None
     if num_configurations and surrogate.width_scale > 1:
         drawn = draw_configurations(study.space, num_configurations, study.seed)
@@ -134,7 +137,11 @@ def report_sweep(
             for each in sweeps
         ],
         "fidelity": _fidelity_record(fidelity) if fidelity else None,
-        "warnings": poor_transfers(study),
+        "warnings": [
+            *(f"S={scale:g} is left out: {reason}" for scale, reason in refused.items()),
+            *edge_notes(sweeps),
+            *poor_transfers(study),
+        ],
         "output": str(output) if output else None,
     }
     lines = _sweep_lines(document)
@@ -213,11 +220,12 @@ def _sweep_lines(document: dict[str, Any]) -> list[str]:
     lines = []
     for kind, words in (("mup", "with muP"), ("standard", "without")):
         best = ", ".join(
-            f"{each['best_lr']:.3g} (S={each['width_scale']:g})"
+            f"{'none' if each['best_lr'] is None else format(each['best_lr'], '.3g')} (S={each['width_scale']:g})"
             for each in document["sweeps"]
             if each["parametrization"] == kind
         )
-        lines.append(f"best lr {words}: {best}; drift {document['drift_octaves'][kind]:.2f} octaves")
+        drift = document["drift_octaves"][kind]
+        lines.append(f"best lr {words}: {best}; drift {'unknown' if drift is None else f'{drift:.2f} octaves'}")
     fidelity = document["fidelity"]
     if fidelity:
         regrets = ", ".join(f"regret@{k} {value}" for k, value in fidelity["regret"].items())
