@@ -318,7 +318,8 @@ def prepare(model: str) -> tuple[hydro.Study, hydro.Data, tuple[float, ...]]:
 def print_sweeps(model: str, kind: str, sweeps: Sequence[WidthSweep]) -> None:
     for sweep in sweeps:
         losses = " ".join(f"{loss:.3g}" for loss in sweep.losses)
-        print(f"{model} {kind} S={sweep.width_scale:g}: best lr {sweep.best_lr:.3g}, losses {losses}", flush=True)
+        best = "none" if sweep.best_lr is None else f"{sweep.best_lr:.3g}"
+        print(f"{model} {kind} S={sweep.width_scale:g}: best lr {best}, losses {losses}", flush=True)
 
 
 JOBS: list[tuple[Callable[..., list[Claim]], tuple[str, ...]]] = [

@@ -76,11 +76,12 @@ def _sweep(arguments: argparse.Namespace) -> int:
         return 0
     for kind, words in (("mup", "with muP"), ("standard", "without muP")):
         best = "  ".join(
-            f"S={each['width_scale']:g}: {each['best_lr']:.3g}"
+            f"S={each['width_scale']:g}: {_short(each['best_lr'])}"
             for each in found["sweeps"]
             if each["parametrization"] == kind
         )
-        print(f"best lr {words}: {best}  (drift {found['drift_octaves'][kind]:.2f} octaves)")
+        drift = found["drift_octaves"][kind]
+        print(f"best lr {words}: {best}  (drift {'unknown' if drift is None else f'{drift:.2f} octaves'})")
     fidelity: dict[str, Any] | None = found["fidelity"]
     if fidelity:
         print(

@@ -15,7 +15,7 @@ import hydro_trials as hydro
 from hydro_slurm.errors import SurrogateError
 from hydro_trials.surrogate import Surrogate, study_surrogate
 from hydro_trials.surrogate.coordinate_check import CoordinateCheck, check_coordinates
-from hydro_trials.surrogate.scale import check_scale, check_widths
+from hydro_trials.surrogate.scale import calm_params, check_scale, check_widths
 
 Tamper = Callable[[Surrogate], Surrogate]
 slow = pytest.mark.slow
@@ -106,6 +106,47 @@ def test_planted_errors_are_caught(tamper: Tamper, module: str, optimizer: str) 
     assert problems[0].startswith(module)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"fixed": {"warmup_steps": 2000}}, id="warm-up"),
+        pytest.param({"schedule": "exponential", "fixed": {"gamma": 1e-9, "warmup_steps": 50}}, id="decay"),
+        pytest.param({"space": {"lr": hydro.Float(1e-9, 1e-8, log=True)}}, id="tiny-lr"),
+        pytest.param({"space": {"warmup_steps": hydro.Int(500, 900)}, "fixed": {"lr": 1e-3}}, id="searched-warm-up"),
+    ],
+)
+def test_planted_errors_are_caught_whatever_the_first_steps_of_the_schedule_are(fields: dict[str, Any]) -> None:
+    study = study_of(mlp, "sgd", **fields)
+    data = study.data()
+    checked = check_coordinates(
+        study,
+        data,
+        calm_params(study),
+        (1, 4, 16),
+        num_steps=2,
+        num_seeds=2,
+        shrink=lambda scale: lr_of("hidden", 1)(study_surrogate(study, scale, data)),
+    )
+    assert checked.problems[0].startswith("module 3: its change shrinks")
+
+
+def test_where_nothing_is_learned_the_check_says_so() -> None:
+    study = dataclasses.replace(study_of(mlp, "sgd"), loss=lambda output, target: 0 * output.sum())
+    assert (
+        run(study, lambda surrogate: surrogate).problems[0].startswith("hardly anything is learned in 2 steps at lr ")
+    )
+
+
+def test_frozen_modules_are_no_problem() -> None:
+    def build(width: float) -> nn.Module:
+        model = mlp(width)
+        model.get_submodule("1").requires_grad_(False)
+        model.get_submodule("3").requires_grad_(False)
+        return model
+
+    assert run(study_of(build, "sgd"), lambda surrogate: surrogate).problems == []
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_missing_readout_multiplier_is_found_at_the_head(optimizer: str) -> None:
     assert any(
@@ -166,6 +207,23 @@ def test_one_over_sqrt_d_with_shrunken_heads_is_found(optimizer: str) -> None:
     assert "module blocks.0.attention (attention scores): the head size follows width" in problems[0]
     study = study_of(lambda width: GPT(round(256 * width), 4, scale_by=8 / (64 * width)), optimizer, tokens=True)
     assert run(study, lambda surrogate: surrogate, (1, 2, 8)).problems == []
+
+
+def partly_shrunken_heads(width: float, *, scaled: bool) -> GPT:
+    """Twelve heads of 8: fewer down to three, smaller after that."""
+    heads = max(3, round(12 * width))
+    head_size = round(96 * width) // heads
+    return GPT(round(96 * width), heads, scale_by=8**0.5 / head_size if scaled else None)
+
+
+def test_heads_that_shrink_only_in_the_last_factor_are_judged_over_their_size() -> None:
+    scales = (1, 4, 8)
+    right = study_of(lambda width: partly_shrunken_heads(width, scaled=True), "sgd", tokens=True)
+    checked = run(right, lambda surrogate: surrogate, scales)
+    assert "blocks.0.attention (attention scores)" in checked.shrinking_heads
+    assert checked.problems == []
+    wrong = study_of(lambda width: partly_shrunken_heads(width, scaled=False), "sgd", tokens=True)
+    assert "divided by its square root" in run(wrong, lambda surrogate: surrogate, scales).problems[0]
 
 
 def test_torch_s_attention_is_scaled_where_its_heads_shrink() -> None:

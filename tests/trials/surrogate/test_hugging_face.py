@@ -98,6 +98,14 @@ def test_a_scale_that_does_not_divide_names_the_nearest_that_does() -> None:
         make_surrogate(family("llama"), 5, "adamw")
 
 
+def test_rotary_positions_need_even_heads() -> None:
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 8, "num_key_value_heads": 4, **SIZES}
+    description = hydro.HuggingFace(transformers.LlamaConfig(**sizes), transformers.AutoModelForCausalLM)
+    complaint = r"width_scale 16 does not divide the head size .*= 12 into an even one .*; the nearest .* is 12"
+    with pytest.raises(SurrogateError, match=complaint):
+        make_surrogate(description, 16, "adamw")
+
+
 def test_the_user_s_config_is_left_alone() -> None:
     description = family("qwen3")
     before = description.config.to_dict()

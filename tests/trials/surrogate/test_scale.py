@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
-from small_nets import GPT, mlp, study_of
-from torch import nn
+from small_nets import GPT, NUM_CLASSES, mlp, study_of
+from torch import Tensor, nn
 
 import hydro_trials as hydro
 from hydro_slurm.cli.main import main
 from hydro_slurm.errors import StudyError, SurrogateError
 from hydro_trials.runtime.check import check_study
 from hydro_trials.runtime.describe import AUTO_SCALE, to_description
+from hydro_trials.runtime.surrogate_reports import report_coordinates, report_sweep
 from hydro_trials.surrogate import make_surrogate
 from hydro_trials.surrogate.fidelity import kendall_tau, regret_at
 from hydro_trials.surrogate.limits import poor_transfers
 from hydro_trials.surrogate.scale import choose_scale
-from hydro_trials.surrogate.sweep import WidthSweep, drift_octaves
+from hydro_trials.surrogate.sweep import WidthSweep, drift_octaves, edge_notes
 
 STUDY = """
 import torch
@@ -81,6 +84,36 @@ def test_auto_says_why_nothing_works() -> None:
     study = study_of(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), "sgd", width_scale="auto", max_width_scale=2)
     with pytest.raises(SurrogateError, match=r"no width_scale from 2 to 2 works .*set width_scale to 1"):
         choose_scale(study, study.data(), gate=True)
+
+
+class Pairs(nn.Module):
+    """Turns pairs of its elements: an odd width can be built, but not run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % 2:
+            raise ValueError(f"{x.shape[-1]} elements are no pairs")
+        return x.roll(x.shape[-1] // 2, -1)
+
+
+def test_auto_goes_on_where_the_forward_fails() -> None:
+    def build(width: float) -> nn.Module:
+        size = round(60 * width)
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, size), nn.ReLU(), Pairs(), nn.Linear(size, NUM_CLASSES))
+
+    study = study_of(build, "adam", width_scale="auto", max_width_scale=4)
+    chosen = choose_scale(study, study.data(), gate=True)
+    assert chosen.surrogate.width_scale == 3
+    assert "module 3 does not run at width_scale 4: " in chosen.refused[4.0]
+    assert "15 elements are no pairs" in chosen.refused[4.0]
+
+
+def test_what_a_model_raises_in_a_coordinate_check_names_the_file(sound: Path) -> None:
+    sound.write_text(SOUND.replace("return self.head(", "raise ValueError('no such thing')\n        return self.head("))
+    with pytest.raises(SurrogateError, match=r"does not run at width_scale 4: .*sound\.py:13: .*no such thing"):
+        report_coordinates(sound, None, None, as_json=True)
+    sound.write_text(SOUND.replace("loss=nn.functional.cross_entropy", "loss=lambda output, target: output.no_such()"))
+    with pytest.raises(StudyError, match=r"training a step failed: .*sound\.py:.*no_such"):
+        report_coordinates(sound, None, None, as_json=True)
 
 
 def test_auto_is_decided_by_check_not_by_describe() -> None:
@@ -150,6 +183,55 @@ def test_surrogate_sweep_compares_with_and_without_mup(
     assert (tmp_path / "sweep.html").read_text().count("<svg") == 2
 
 
+def sweep(file: Path, **options: Any) -> str:
+    defaults = {"scales": None, "num_lrs": 3, "num_steps": None, "num_seeds": 1, "num_configurations": 0}
+    return report_sweep(file, options.pop("output", None), as_json=True, **{**defaults, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"num_lrs": 1}, "--lrs: got 1, needed 2 or more"),
+        ({"num_lrs": 0}, "--lrs: got 0, needed 2 or more"),
+        ({"num_seeds": 0}, "--seeds: got 0, needed 1 or more"),
+        ({"num_steps": 0}, "--steps: got 0, needed 1 or more"),
+        ({"num_steps": -2}, "--steps: got -2, needed 1 or more"),
+        ({"scales": [2, 0]}, "--scales: got 0, needed a number of 1 or more"),
+        ({"num_configurations": 1}, r"--configurations: got 1, needed 0 \(none\) or 2 or more"),
+        ({"num_configurations": -2}, r"--configurations: got -2, needed 0 \(none\) or 2 or more"),
+        ({"output": Path("plot.png")}, "--output plot.png: needed a name that ends with .html or .svg"),
+        ({"output": Path("no/such/plot.svg")}, "--output no/such/plot.svg: there is no folder .*; make it first"),
+    ],
+)
+def test_wrong_arguments_of_a_sweep_end_at_once(options: dict[str, Any], complaint: str) -> None:
+    """Before the study is read: the file need not even exist."""
+    with pytest.raises(SurrogateError, match=complaint):
+        sweep(Path("no_such_study.py"), **options)
+
+
+def test_wrong_arguments_of_a_check_end_at_once() -> None:
+    with pytest.raises(SurrogateError, match=r"--scale: got 0.5, needed a number of 1 or more"):
+        report_coordinates(Path("no_such_study.py"), None, 0.5, as_json=True)
+    with pytest.raises(SurrogateError, match=r"--output p.pdf: needed a name"):
+        report_coordinates(Path("no_such_study.py"), Path("p.pdf"), None, as_json=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "options", "complaint"),
+    [
+        ("Float(1e-3, 1.0, log=True)", "Categorical([0.1, 0.2])", {}, r"searches lr among \[0.1, 0.2\], and a range"),
+        ("Float(1e-3, 1.0, log=True)", "Float(0.1, 0.1)", {}, "searches lr from 0.1 to 0.1, which is one value"),
+        ("width_scale=4", "width_scale=1", {"num_configurations": 4}, "width_scale is 1, so there is no surrogate"),
+    ],
+)
+def test_studies_that_cannot_be_swept_end_before_their_data_are_loaded(
+    old: str, new: str, options: dict[str, Any], complaint: str, sound: Path
+) -> None:
+    sound.write_text(SOUND.replace(old, new).replace("def data():", "def data():\n    raise SystemExit('loaded')"))
+    with pytest.raises(SurrogateError, match=complaint):
+        sweep(sound, **options)
+
+
 def test_drift_is_measured_between_the_minima() -> None:
     lrs = (1.0, 2.0, 4.0, 8.0)
     parabola = WidthSweep(1, "mup", lrs, (2.0, 1.0, 1.0, 2.0))
@@ -157,6 +239,29 @@ def test_drift_is_measured_between_the_minima() -> None:
     assert parabola.best_lr == pytest.approx(2**1.5)
     assert edge.best_lr == 8
     assert drift_octaves([parabola, edge]) == pytest.approx(1.5)
+
+
+def test_minima_at_the_edge_and_missing_ones_are_said() -> None:
+    lrs, inf = (1.0, 2.0, 4.0), float("inf")
+    inside = WidthSweep(1, "mup", lrs, (2.0, 1.0, 2.0))
+    edge = WidthSweep(2, "mup", lrs, (3.0, 2.0, 1.0))
+    nothing = WidthSweep(4, "standard", lrs, (inf, inf, inf))
+    assert nothing.best_lr is None
+    assert drift_octaves([inside, edge, nothing]) == pytest.approx(1)
+    assert math.isnan(drift_octaves([inside, nothing]))
+    at_edge, diverged = edge_notes([inside, edge, nothing])
+    assert "S=2 with muP: the best learning rate 4 is at the edge of the range 1 to 4" in at_edge
+    assert "S=4 without muP: every learning rate diverged" in diverged
+
+
+def test_a_sweep_leaves_out_what_cannot_be_built(tmp_path: Path) -> None:
+    path = tmp_path / "traced.py"
+    path.write_text(SOUND.replace("build=build", "build=build(1)").replace("width_scale=4", "width_scale=1"))
+    found = json.loads(sweep(path, scales=[1, 1.5, 2], num_lrs=2, num_steps=1))
+    assert {each["width_scale"] for each in found["sweeps"]} == {1, 2}
+    assert any(text.startswith("S=1.5 is left out: ") for text in found["warnings"])
+    with pytest.raises(SurrogateError, match=r"no width to sweep can be built \(S=1.5: .*--scales"):
+        sweep(path, scales=[1, 1.5])
 
 
 def test_kendall_tau_and_regret() -> None:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small_nets import GPT, VOCABULARY, Encoder, ResNet18, mobilenet_v3, vgg11
+from small_nets import GPT, VOCABULARY, Encoder, ResNet18, mobilenet_v3, study_of, vgg11
 from torch import Tensor, nn
 
+import hydro_trials as hydro
 from hydro_slurm.errors import SurrogateError
+from hydro_trials.fusion import FusedTrainer
+from hydro_trials.runtime.sample_lanes import fill_trainer
 from hydro_trials.surrogate import Surrogate, make_surrogate
+from hydro_trials.surrogate.scale import choose_scale
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.zeros(2, 8, dtype=torch.long)
+SAMPLES = torch.randn(16, 12, generator=torch.Generator().manual_seed(2)), torch.arange(16) % 5
 VECTORS = torch.randn(2, 12, generator=torch.Generator().manual_seed(1))
 
 
@@ -157,6 +164,17 @@ def test_weights_are_drawn_anew_from_the_given_distribution() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
+def test_at_width_scale_1_a_module_keeps_its_own_weights() -> None:
+    net = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 5))
+    surrogate = make_surrogate(net, 1, "sgd", example=VECTORS)
+    for seed in (0, 1):
+        module = surrogate.make(seed)
+        assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in module.state_dict().items())
+        assert all(parameter is not own for parameter, own in zip(module.parameters(), net.parameters(), strict=True))
+    redrawn = make_surrogate(net, 1, "sgd", example=VECTORS, redraw=True)
+    assert not torch.equal(redrawn.make(0).get_parameter("0.weight"), redrawn.make(1).get_parameter("0.weight"))
+
+
 class Literal(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -198,6 +216,16 @@ class Decides(nn.Module):
 def test_what_cannot_be_shrunk_is_refused_by_name(net: nn.Module, scale: float, complaint: str) -> None:
     with pytest.raises(SurrogateError, match=complaint):
         make_surrogate(net, scale, "sgd", example=VECTORS)
+
+
+@pytest.mark.parametrize("build", [Recurrent(), Literal(), nn.Linear(12, 5), lambda width: nn.Linear(12, 5)])
+def test_what_cannot_be_shrunk_works_as_its_own_target(build: Any) -> None:
+    study = study_of(build, "sgd", data=lambda: hydro.Data(train=SAMPLES, valid=SAMPLES), batch_size=8, max_lanes=2)
+    surrogate = choose_scale(study, study.data(), gate=True).surrogate
+    trainer = FusedTrainer(study, surrogate, study.data(), 2, lambda site: None)
+    fill_trainer(trainer, 2)
+    trainer.step()
+    assert all(math.isfinite(result["valid.loss"]) for result in trainer.evaluate(trainer.trials).values())
 
 
 def test_a_scale_that_does_not_divide_the_heads_says_so() -> None:

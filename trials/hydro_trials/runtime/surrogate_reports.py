@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hydro_slurm.errors import SurrogateError
+from hydro_slurm.errors import HydroError, StudyError, SurrogateError
 from hydro_slurm.formats import write_text_atomic
+from hydro_trials.runtime.report_arguments import (
+    check_output,
+    check_scale_argument,
+    check_sweep_arguments,
+    lr_bounds,
+)
 from hydro_trials.runtime.startup import keep_freed_memory
-from hydro_trials.study import Data, Study
-from hydro_trials.study_file import load_data, load_study
+from hydro_trials.study import Study
+from hydro_trials.study_file import describe_error, load_data, load_study
 from hydro_trials.surrogate.coordinate_check import CoordinateCheck
 from hydro_trials.surrogate.limits import poor_transfers
 from hydro_trials.surrogate.plot import Line, chart, page, paragraphs, side_by_side
@@ -22,9 +29,11 @@ from hydro_trials.surrogate.scale import check_scale, choose_scale
 from hydro_trials.surrogate.sweep import (
     Fidelity,
     WidthSweep,
+    buildable,
     compare_configurations,
     draw_configurations,
     drift_octaves,
+    edge_notes,
     sweep_widths,
 )
 
@@ -37,11 +46,16 @@ def report_coordinates(file: Path, output: Path | None, scale: float | None, *, 
     Raises:
         HydroError: The study cannot be used, or its model not be shrunk.
     """
-    study, data = _load(file, scale)
-    surrogate = choose_scale(study, data, gate=False).surrogate
-    if surrogate.width_scale == 1:
-        raise SurrogateError("width_scale is 1: the target trains itself; name a width scale to check (--scale)")
-    checked = check_scale(study, data, surrogate, quick=False)
+    check_output(output)
+    if scale is not None:
+        check_scale_argument("--scale", scale)
+    study = _load(file, scale)
+    data = load_data(study)
+    with _naming(file):
+        surrogate = choose_scale(study, data, gate=False).surrogate
+        if surrogate.width_scale == 1:
+            raise SurrogateError("width_scale is 1: the target trains itself; name a width scale to check (--scale)")
+        checked = check_scale(study, data, surrogate, quick=False)
     problems = checked.problems
     if output is not None:
         write_text_atomic(output, _drawn(output, *_coordinate_page(study, checked, problems)))
@@ -83,17 +97,24 @@ def report_sweep(
     Raises:
         HydroError: The study cannot be used, its model not be shrunk, or it searches no learning rate.
     """
-    study, data = _load(file, None)
-    if "lr" not in study.space:
-        raise SurrogateError("the study searches no learning rate: there is nothing to sweep")
+    check_output(output)
+    check_sweep_arguments(scales, num_lrs, num_steps, num_seeds, num_configurations)
+    study = _load(file, None)
+    low, high = lr_bounds(study.space.get("lr"))
+    if num_configurations and study.width_scale == 1:
+        raise SurrogateError(
+            f"--configurations {num_configurations}: the study's width_scale is 1, so there is no surrogate "
+            "whose ranking could be compared; set Study.width_scale, or leave the option out"
+        )
+    data = load_data(study)
     surrogate = choose_scale(study, data, gate=False).surrogate
     largest = surrogate.width_scale if surrogate.width_scale > 1 else 4.0
     widths = sorted(set(scales or [1.0, math.sqrt(largest), largest] if largest < 4 else scales or _halvings(largest)))
-    low, high = (getattr(study.space["lr"], bound) for bound in ("low", "high"))
+    widths, refused = buildable(study, data, widths)
     lrs = [low * (high / low) ** (index / (num_lrs - 1)) for index in range(num_lrs)]
     steps = num_steps or study.steps
     sweeps = sweep_widths(study, data, widths, lrs, num_steps=steps, num_seeds=num_seeds)
-    drift = {kind: drift_octaves([each for each in sweeps if each.parametrization == kind]) for kind in _KINDS}
+    drift = {kind: _number(drift_octaves([each for each in sweeps if each.parametrization == kind])) for kind in _KINDS}
     fidelity = None
     if num_configurations and surrogate.width_scale > 1:
         drawn = draw_configurations(study.space, num_configurations, study.seed)
@@ -116,7 +137,11 @@ def report_sweep(
             for each in sweeps
         ],
         "fidelity": _fidelity_record(fidelity) if fidelity else None,
-        "warnings": poor_transfers(study),
+        "warnings": [
+            *(f"S={scale:g} is left out: {reason}" for scale, reason in refused.items()),
+            *edge_notes(sweeps),
+            *poor_transfers(study),
+        ],
         "output": str(output) if output else None,
     }
     lines = _sweep_lines(document)
@@ -128,14 +153,29 @@ def report_sweep(
 _KINDS = ("mup", "standard")
 
 
-def _load(file: Path, scale: float | None) -> tuple[Study, Data]:
+def _load(file: Path, scale: float | None) -> Study:
     torch.set_num_threads(1)
     keep_freed_memory()
     study = load_study(file)
     if scale is not None:
         fields = {name: getattr(study, name) for name in study.__dataclass_fields__}
         study = Study(**{**fields, "width_scale": scale})
-    return study, load_data(study)
+    return study
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Whatever the user's model raises becomes one line that says where in the file.
+
+    Raises:
+        StudyError: That line.
+    """
+    try:
+        yield
+    except HydroError:
+        raise
+    except Exception as error:
+        raise StudyError(f"training a step failed: {describe_error(error, file.absolute())}") from error
 
 
 def _halvings(scale: float) -> list[float]:
@@ -180,11 +220,12 @@ def _sweep_lines(document: dict[str, Any]) -> list[str]:
     lines = []
     for kind, words in (("mup", "with muP"), ("standard", "without")):
         best = ", ".join(
-            f"{each['best_lr']:.3g} (S={each['width_scale']:g})"
+            f"{'none' if each['best_lr'] is None else format(each['best_lr'], '.3g')} (S={each['width_scale']:g})"
             for each in document["sweeps"]
             if each["parametrization"] == kind
         )
-        lines.append(f"best lr {words}: {best}; drift {document['drift_octaves'][kind]:.2f} octaves")
+        drift = document["drift_octaves"][kind]
+        lines.append(f"best lr {words}: {best}; drift {'unknown' if drift is None else f'{drift:.2f} octaves'}")
     fidelity = document["fidelity"]
     if fidelity:
         regrets = ", ".join(f"regret@{k} {value}" for k, value in fidelity["regret"].items())

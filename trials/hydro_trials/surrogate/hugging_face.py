@@ -29,6 +29,8 @@ _NO_WIDTH = re.compile(
 """Words in the names of fields that change shapes, but whose meaning is not a width."""
 _HEADS = re.compile(r"(^|_)heads?$")
 _HEAD_SIZE = re.compile(r"head_dim|head_size|d_head|^d_kv$")
+_ROTARY = ("rope_theta", "rope_parameters", "rope_scaling", "rotary_emb_base")
+"""Fields of which a config with rotary positions has one."""
 _KEPT_SIZE = ("model_dim", "d_model")
 """An attribute from which a forward pass computes a constant factor, and its field in the config (T5 divides the input
 of a tied readout by sqrt(model_dim)): the surrogate keeps the target's, or its readout would be scaled twice."""
@@ -110,7 +112,21 @@ class HuggingFaceFactory:
             heads_name, heads = next(iter(self.heads.items()))
             if not (hidden / scale / (heads / fewer)).is_integer():
                 return f"the head size {hidden_name} / {heads_name} = {hidden / heads:g}"
-        return None
+        return self._rotary_obstacle(smaller)
+
+    def _rotary_obstacle(self, divisor: float) -> str | None:
+        """The head size where rotary positions, which turn pairs of its elements, would find an odd one."""
+        config = self._description.config
+        if all(getattr(config, name, None) is None for name in _ROTARY) or not self.heads:
+            return None
+        sizes = dict(self.head_sizes)
+        if not sizes and self.widths:
+            hidden_name, hidden = next(iter(self.widths.items()))
+            heads_name, heads = next(iter(self.heads.items()))
+            sizes = {f"{hidden_name} / {heads_name}": hidden // heads}
+        odd = (name for name, size in sizes.items() if round(size / divisor) % 2)
+        name = next(odd, None)
+        return None if name is None else f"the head size {name} = {sizes[name]} into an even one (rotary positions)"
 
     def _follows(self, name: str, size: int) -> bool:
         """Whether shapes follow a field: same parameters, some of another shape."""

@@ -6,13 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from torch import Size
 
 from hydro_slurm.errors import SurrogateError
 from hydro_trials.study import Data, Study
+from hydro_trials.study_file import describe_error
 from hydro_trials.surrogate.coordinate_check import CoordinateCheck, check_coordinates
 from hydro_trials.surrogate.surrogate import Surrogate, study_surrogate
+from hydro_trials.surrogate.trace import module_names
 
 NUM_STEPS, NUM_SEEDS = 3, 4
 QUICK_STEPS = 2
@@ -89,8 +92,9 @@ def check_widths(
     """Width scales to compare: from the surrogate's towards the target's 1; `found` takes their surrogates.
 
     Raises:
-        SurrogateError: Fewer than three can be built.
+        SurrogateError: The surrogate does not run, or fewer than three can be built.
     """
+    _run_forward(surrogate, data)
     scale = surrogate.width_scale
     num_parameters = sum(Size(p.target_shape).numel() for p in surrogate.classification.parameters.values())
     halved = [scale / 2**power for power in range(1, 8) if scale / 2**power > 1]
@@ -110,7 +114,9 @@ def check_widths(
             continue
         try:
             if candidate not in found:
-                found[candidate] = study_surrogate(study, candidate, data)
+                other = study_surrogate(study, candidate, data, redraw=True)
+                _run_forward(other, data)
+                found[candidate] = other
             scales.append(candidate)
         except SurrogateError as error:
             reason = str(error)
@@ -120,6 +126,25 @@ def check_widths(
             f"{' and '.join(f'S={each:g}' for each in scales)} can be built ({reason}); choose another width_scale"
         )
     return sorted(scales)
+
+
+def _run_forward(surrogate: Surrogate, data: Data) -> None:
+    """Run a surrogate once: a size that can be built need not fit the model's forward.
+
+    Raises:
+        SurrogateError: It fails. (What the target itself raises is the study's to mend, whatever its width.)
+    """
+    if surrogate.width_scale == 1:
+        return
+    module = surrogate.make(0).eval()
+    with torch.no_grad(), module_names(module) as names:
+        try:
+            module(data.train[0][:2])
+        except Exception as error:
+            raise SurrogateError(
+                f"module {names[-1] or 'of the study'} does not run at width_scale {surrogate.width_scale:g}: "
+                f"{describe_error(error)}"
+            ) from error
 
 
 def calm_params(study: Study) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ class Surrogate:
     init_scales: dict[str, InitScale]
 
     def make(self, seed: int) -> nn.Module:
-        """A new surrogate, its parameters drawn from `seed` alone."""
+        """A new surrogate, its parameters drawn from `seed` alone (a module that trains itself has its own)."""
         module = build_seeded(self.build, 1 / self.width_scale, seed)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
@@ -68,6 +69,7 @@ def make_surrogate(
     example: Tensor | None = None,
     scale_decay: bool = True,
     sgd_rule: str = "mup",
+    redraw: bool = False,
 ) -> Surrogate:
     """Shrink a model by `width_scale` and work out what every parameter gets.
 
@@ -79,11 +81,13 @@ def make_surrogate(
         example: Inputs (samples, ...) to trace a module with; needed where `build` is one.
         scale_decay: See `rules.ratio_rules`.
         sgd_rule: See `rules.ratio_rules`.
+        redraw: With S = 1, draw the weights of a module anew from each seed as at every other width, where they are to
+            be compared; else each seed has the module's own weights.
 
     Raises:
         SurrogateError: The model does not build, cannot be shrunk by that much, or a parameter has no known rule.
     """
-    factory = as_factory(build, example)
+    factory = as_factory(build, example, own_weights=width_scale == 1 and not redraw)
     target = build_seeded(factory, 1.0, REFERENCE_SEED)
     if width_scale == 1:
         classification = classify(target, target, 1.0)
@@ -100,8 +104,8 @@ def make_surrogate(
     return Surrogate(factory, width_scale, classification, rules, scales)
 
 
-def study_surrogate(study: Study, width_scale: float, data: Data) -> Surrogate:
-    """The surrogate of a study's model.
+def study_surrogate(study: Study, width_scale: float, data: Data, *, redraw: bool = False) -> Surrogate:
+    """The surrogate of a study's model; `redraw` as in `make_surrogate`.
 
     Raises:
         SurrogateError: As `make_surrogate` does.
@@ -113,6 +117,7 @@ def study_surrogate(study: Study, width_scale: float, data: Data) -> Surrogate:
         parameter_kinds=study.parameter_kinds,
         example=data.train[0][:2],
         scale_decay=study.scale_decay,
+        redraw=redraw,
     )
 
 
@@ -122,14 +127,21 @@ def standard_surrogate(study: Study, width_scale: float, data: Data) -> Surrogat
     Raises:
         SurrogateError: The model cannot be built at that width.
     """
-    factory = as_factory(study.build, data.train[0][:2])
+    factory = as_factory(study.build, data.train[0][:2], own_weights=width_scale == 1)
     narrow = build_seeded(factory, 1 / width_scale, REFERENCE_SEED)
     classification = classify(narrow, narrow, 1.0)
     return Surrogate(factory, width_scale, classification, ratio_rules(classification.parameters, study.optimizer), {})
 
 
-def as_factory(build: ModelSource, example: Tensor | None) -> Callable[[float], nn.Module]:
+def as_factory(
+    build: ModelSource, example: Tensor | None, *, own_weights: bool = False
+) -> Callable[[float], nn.Module]:
     """A function of width, whichever way the model was given.
+
+    Args:
+        build: As in `make_surrogate`.
+        example: As in `make_surrogate`.
+        own_weights: Whether only width 1 is asked for, where a module is copied as it is and need not be traceable.
 
     Raises:
         SurrogateError: The model cannot be shrunk at all.
@@ -139,6 +151,8 @@ def as_factory(build: ModelSource, example: Tensor | None) -> Callable[[float], 
 
         return HuggingFaceFactory(build)
     if isinstance(build, nn.Module):
+        if own_weights:
+            return lambda width: copy.deepcopy(build)
         from hydro_trials.surrogate.traced import TracedFactory
 
         if example is None:

@@ -32,8 +32,16 @@ class WidthSweep:
     """Mean over seeds; infinite where one diverged."""
 
     @property
-    def best_lr(self) -> float:
-        """The minimum of a parabola through the best point and its neighbours, in log lr."""
+    def at_edge(self) -> bool:
+        """Whether the lowest loss is that of the smallest or largest learning rate: the minimum may lie outside."""
+        lowest = min(self.losses)
+        return math.isfinite(lowest) and lowest in (self.losses[0], self.losses[-1])
+
+    @property
+    def best_lr(self) -> float | None:
+        """The minimum of a parabola through the best point and its neighbours, in log lr; None where all diverged."""
+        if not any(map(math.isfinite, self.losses)):
+            return None
         best = min(range(len(self.losses)), key=lambda index: self.losses[index])
         near = self.losses[max(0, best - 1) : best + 2]
         if len(near) < 3 or not all(map(math.isfinite, near)):
@@ -45,9 +53,43 @@ class WidthSweep:
 
 
 def drift_octaves(sweeps: Sequence[WidthSweep]) -> float:
-    """By how many factors of 2 the best learning rate moves between any two widths."""
-    best = [math.log2(sweep.best_lr) for sweep in sweeps]
-    return max(best) - min(best)
+    """By how many factors of 2 the best learning rate moves between any two widths that have one; else nan."""
+    best = [math.log2(lr) for sweep in sweeps if (lr := sweep.best_lr) is not None]
+    return max(best) - min(best) if len(best) > 1 else math.nan
+
+
+def edge_notes(sweeps: Sequence[WidthSweep]) -> list[str]:
+    """One sentence for each sweep that has no minimum inside its learning rates."""
+    notes = []
+    for sweep in sweeps:
+        where = f"S={sweep.width_scale:g} {'with' if sweep.parametrization == 'mup' else 'without'} muP"
+        if sweep.best_lr is None:
+            notes.append(f"{where}: every learning rate diverged, so there is no best one; search smaller ones")
+        elif sweep.at_edge:
+            notes.append(
+                f"{where}: the best learning rate {sweep.best_lr:.3g} is at the edge of the range {min(sweep.lrs):.3g} "
+                f"to {max(sweep.lrs):.3g}, so the minimum may lie outside; widen the range of lr"
+            )
+    return notes
+
+
+def buildable(study: Study, data: Data, width_scales: Sequence[float]) -> tuple[list[float], dict[float, str]]:
+    """Which widths can be built, and why the others cannot.
+
+    Raises:
+        SurrogateError: None but the target's can.
+    """
+    refused = {}
+    for scale in width_scales:
+        try:
+            study_surrogate(study, scale, data)
+        except SurrogateError as error:
+            refused[scale] = str(error)
+    built = [scale for scale in width_scales if scale not in refused]
+    if refused and set(built) <= {1}:
+        reasons = "; ".join(f"S={scale:g}: {reason}" for scale, reason in refused.items())
+        raise SurrogateError(f"no width to sweep can be built ({reasons}); name other width scales (--scales)")
+    return built, refused
 
 
 def sweep_widths(
