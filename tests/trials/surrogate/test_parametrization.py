@@ -347,3 +347,20 @@ def test_adam_s_decay_shrinks_alike_at_every_width(make_study: MakeStudy, data: 
 
     shares = decay_shares(study, data, unscaled)
     assert max(shares["0.weight"]) > 4 * min(shares["0.weight"])
+
+
+def test_transposed_convolutions_may_be_readouts_and_depthwise() -> None:
+    def build(width: float) -> nn.Module:
+        size = round(32 * width)
+        return nn.Sequential(
+            nn.Conv2d(3, size, 3),
+            nn.ConvTranspose2d(size, size, 3, groups=size),
+            nn.ConvTranspose2d(size, size, 3),
+            nn.ConvTranspose2d(size, 3, 3),
+        )
+
+    surrogate = make_surrogate(build, 4, "sgd")
+    kinds = surrogate.classification.kinds
+    assert [kinds[f"{index}.weight"] for index in range(4)] == ["input", "input", "hidden", "output"]
+    assert surrogate.classification.readout_factors == {"3": 4.0}
+    assert surrogate.make(0)(torch.zeros(2, 3, 8, 8)).shape == (2, 3, 12, 12)

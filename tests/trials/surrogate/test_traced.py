@@ -218,6 +218,25 @@ def test_what_cannot_be_shrunk_is_refused_by_name(net: nn.Module, scale: float, 
         make_surrogate(net, scale, "sgd", example=VECTORS)
 
 
+class Spectral(nn.Module):
+    """Half of it is a transform that the trace does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(12, 32), nn.Linear(32, 32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(torch.fft.fft(self.first(x)).real).relu())
+
+
+def test_operations_that_keep_sizes_from_shrinking_are_named() -> None:
+    surrogate = make_surrogate(Spectral(), 4, "sgd", example=VECTORS)
+    assert shapes(surrogate)["second.weight"] == (8, 32), "what comes from the transform keeps its size"
+    (note,) = surrogate.notes
+    assert "operation view_as_real in module the model is not known to the trace" in note
+    assert make_surrogate(Joined(), 4, "sgd", example=VECTORS).notes == ()
+
+
 @pytest.mark.parametrize("build", [Recurrent(), Literal(), nn.Linear(12, 5), lambda width: nn.Linear(12, 5)])
 def test_what_cannot_be_shrunk_works_as_its_own_target(build: Any) -> None:
     study = study_of(build, "sgd", data=lambda: hydro.Data(train=SAMPLES, valid=SAMPLES), batch_size=8, max_lanes=2)

@@ -56,7 +56,7 @@ def check_study(file: Path, *, as_json: bool) -> str:
     profile = Profiler(lambda: FusedTrainer(study, surrogate, data, study.steps, lambda site: None), limits).run()
     if chosen.check is None:  # after a first step, whose errors say more
         chosen = _choose(file, study, data, gate=True)
-    warnings = [*_coordinate_warnings(study, chosen), *poor_transfers(study)]
+    warnings = [*_coordinate_warnings(study, chosen), *surrogate.notes, *poor_transfers(study)]
     document = {
         "format": FORMAT,
         "version": VERSION,

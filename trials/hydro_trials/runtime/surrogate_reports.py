@@ -69,7 +69,7 @@ def report_coordinates(file: Path, output: Path | None, scale: float | None, *, 
         "num_steps": checked.num_steps,
         "passed": not problems,
         "problems": problems,
-        "warnings": poor_transfers(study),
+        "warnings": [*surrogate.notes, *poor_transfers(study)],
         "slopes": {
             name: {"initial": _number(checked.initial[name].value), "changes": [_number(s.value) for s in slopes]}
             for name, slopes in checked.slopes.items()

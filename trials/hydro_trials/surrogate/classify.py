@@ -18,8 +18,9 @@ KINDS = ("input", "hidden", "output", "fixed")
 incoming one; fixed: none."""
 
 _WEIGHT_FIRST_OUT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
-_WEIGHT_LAST_OUT = (nn.Embedding, nn.EmbeddingBag, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_READOUTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_WEIGHT_LAST_OUT = (nn.Embedding, nn.EmbeddingBag, *_TRANSPOSED)
+_READOUTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,8 @@ def _fans(name: str, role: _Role, kind: str, ratios: Mapping[int, float]) -> tup
 
 def _fan_out_dim(role: _Role) -> int | None:
     """The outgoing dimension of a known module's weight; None where the module is not known."""
+    if isinstance(role.module, _TRANSPOSED) and role.module.groups == role.module.in_channels > 1:
+        return 0  # depthwise: each sum runs over the kernel alone, and the channels stand in front
     if isinstance(role.module, _WEIGHT_LAST_OUT) or type(role.module).__name__ == "Conv1D":
         return 1  # transformers' Conv1D, GPT-2's linear layer, is (in, out)
     if isinstance(role.module, _WEIGHT_FIRST_OUT) and role.own_name not in ("bias_k", "bias_v"):

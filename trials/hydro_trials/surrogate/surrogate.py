@@ -32,6 +32,8 @@ class Surrogate:
     classification: Classification
     rules: dict[str, ParamRule]
     init_scales: dict[str, InitScale]
+    notes: tuple[str, ...] = ()
+    """What the user should know about how it was shrunk."""
 
     def make(self, seed: int) -> nn.Module:
         """A new surrogate, its parameters drawn from `seed` alone (a module that trains itself has its own)."""
@@ -101,7 +103,7 @@ def make_surrogate(
         )
     rules = ratio_rules(classification.parameters, optimizer, scale_decay=scale_decay, sgd_rule=sgd_rule)
     scales = measure_init(factory, target, width_scale, rules)
-    return Surrogate(factory, width_scale, classification, rules, scales)
+    return Surrogate(factory, width_scale, classification, rules, scales, getattr(factory, "notes", ()))
 
 
 def study_surrogate(study: Study, width_scale: float, data: Data, *, redraw: bool = False) -> Surrogate:

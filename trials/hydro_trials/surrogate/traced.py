@@ -62,6 +62,15 @@ class TracedFactory:
                 "build(width), or use width_scale 1"
             )
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What kept sizes from following width, though other sizes do."""
+        return tuple(
+            f"{reason} is not known to the trace: sizes met there stay the target's, and the surrogate shrinks only "
+            "in part; give Study.build a function build(width) to shrink them too"
+            for reason in sorted(set(self._trace.reasons.values()))
+        )
+
     def __call__(self, width: float) -> nn.Module:
         scale = 1 / width
         if math.isclose(scale, 1):
