@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_map
 
 from hydro_slurm.errors import FusionError
 from hydro_trials.fusion import FusedTrainer
-from hydro_trials.fusion.batch import num_samples, take
 from hydro_trials.fusion.streams import SampleStream
 from hydro_trials.hyperparameters import resolve_hyperparameters
+from hydro_trials.samples import num_samples, take
 from hydro_trials.study import Data, Study
 from hydro_trials.surrogate import Surrogate
 

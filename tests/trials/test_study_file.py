@@ -222,3 +222,39 @@ def test_describe_as_text_names_every_setting() -> None:
     text = describe_study(EXAMPLE, as_json=False)
     assert "name: digits" in text
     assert "rungs: [178, 533, 1600]" in text
+
+
+NAMED_INPUTS = """
+import torch
+from torch import nn
+import hydro_trials as hydro
+
+class Two(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(6, size), nn.Linear(4, size), nn.Linear(size, 3)
+
+    def forward(self, left, right):
+        return self.head(torch.relu(self.left(left) + self.right(right)))
+
+def build(width):
+    return Two(round(64 * width))
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(80, 6, generator=generator), torch.randn(80, 4, generator=generator)
+    inputs, targets = {"left": left, "right": right}, left[:, :3].argmax(1)
+    return hydro.Data(train=(inputs, targets), valid=(inputs, targets))
+
+study = hydro.Study(
+    name="two", build=build, data=data, loss=nn.functional.cross_entropy, optimizer="adam", width_scale=2, max_lanes=2,
+    space={"lr": hydro.Float(1e-4, 1e-1, log=True), "batch_size": hydro.Categorical([8, 16])}, batch_size=8, steps=30,
+)
+"""
+
+
+def test_a_model_with_named_inputs_goes_through_the_whole_check(study_file: Callable[[str], Path]) -> None:
+    found = json.loads(check_study(study_file(NAMED_INPUTS), as_json=True))
+    assert found["coordinate_check"]["problems"] == []
+    assert found["separates"] == []
+    assert found["profile"]["refused"].get("general") is None

@@ -16,10 +16,11 @@ from torch.func import functional_call
 
 from hydro_slurm.errors import FusionError, HydroError
 from hydro_trials.fusion import sites
-from hydro_trials.fusion.batch import LaneBatch, Tree, call_model
+from hydro_trials.fusion.batch import LaneBatch
 from hydro_trials.fusion.fast import FastProgram
 from hydro_trials.fusion.general import GeneralProgram
 from hydro_trials.fusion.program import COMPILED, Check, Gradients, Loss, Program, check_scalar, lower_precision
+from hydro_trials.samples import Tree, call_model
 
 State = dict[str, Tensor]
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from hydro_trials.fusion import kernels, sites
-from hydro_trials.fusion.batch import LaneBatch, Tree, call_model, concatenate, in_chunks
+from hydro_trials.fusion.batch import LaneBatch
 from hydro_trials.fusion.folding import LANE_MAJOR, SHARED, Value
 from hydro_trials.fusion.intercept import lane_functions
 from hydro_trials.fusion.lane_ops import Pass
@@ -32,6 +32,7 @@ from hydro_trials.fusion.program import (
 )
 from hydro_trials.fusion.randomness import LaneGenerators
 from hydro_trials.fusion.tracing import LaneGraph, state_names
+from hydro_trials.samples import Tree, call_model, concatenate, in_chunks
 
 
 class FastProgram:

@@ -19,12 +19,13 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from hydro_trials.fusion import sites
-from hydro_trials.fusion.batch import LaneBatch, Tree, call_model, concatenate, in_chunks
+from hydro_trials.fusion.batch import LaneBatch
 from hydro_trials.fusion.intercept import lane_functions
 from hydro_trials.fusion.lower_precision import LanePrecision
 from hydro_trials.fusion.program import GENERAL, Boundaries, Check, Gradients, Loss, check_scalar, weighted_loss
 from hydro_trials.fusion.randomness import LaneGenerators
 from hydro_trials.fusion.refusal import refusal
+from hydro_trials.samples import Tree, call_model, concatenate, in_chunks
 
 
 class GeneralProgram:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hydro_slurm.errors import FusionError
-from hydro_trials.fusion.batch import num_samples
 from hydro_trials.fusion.lanes import Lane, LaneStack, LaneState
 from hydro_trials.fusion.layout import FlatLayout
 from hydro_trials.fusion.optimizers import FusedOptimizer
 from hydro_trials.fusion.streams import SampleStream, derive_seed
 from hydro_trials.hyperparameters import used_hyperparameters
+from hydro_trials.samples import num_samples
 from hydro_trials.study import Data, Study
 from hydro_trials.surrogate import Surrogate
 

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_map
 
 from hydro_slurm.errors import FusionError
 from hydro_trials.fusion import sites
-from hydro_trials.fusion.batch import LaneBatch, Tree
+from hydro_trials.fusion.batch import LaneBatch
+from hydro_trials.samples import Tree
 
 Check = Callable[[int], None]
 """Called at every boundary between quanta with the number of its site; may block, and may raise to leave."""

@@ -17,8 +17,9 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from hydro_trials.fusion import sites
-from hydro_trials.fusion.batch import LaneBatch, Tree, call_model, concatenate, in_chunks
+from hydro_trials.fusion.batch import LaneBatch
 from hydro_trials.fusion.program import SEPARATE, Boundaries, Check, Gradients, Loss, check_scalar, lower_precision
+from hydro_trials.samples import Tree, call_model, concatenate, in_chunks
 
 
 class SeparateProgram:

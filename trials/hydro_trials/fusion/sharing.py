@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hydro_trials.fusion.batch import Tree, call_model, take
 from hydro_trials.fusion.intercept import lane_functions
 from hydro_trials.fusion.randomness import LaneGenerators
+from hydro_trials.samples import Tree, call_model, take
 from hydro_trials.study import Data, Study
 
 NUM_PROBES, PROBE_SAMPLES = 8, 64

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hydro_trials.fusion.batch import LaneBatch, num_samples, take
+from hydro_trials.fusion.batch import LaneBatch
+from hydro_trials.samples import num_samples, take
 from hydro_trials.study import Data
 
 

@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_map
 from hydro_slurm.errors import FusionError, HydroError
 from hydro_trials.fusion import sites
 from hydro_trials.fusion.agreement import check_agreement, tolerance_of
-from hydro_trials.fusion.batch import call_model
 from hydro_trials.fusion.fast import FastProgram
 from hydro_trials.fusion.general import GeneralProgram
 from hydro_trials.fusion.holder import LaneHolder
@@ -29,6 +28,7 @@ from hydro_trials.fusion.programs import make_program
 from hydro_trials.fusion.refusal import NotFusableError
 from hydro_trials.fusion.separate import SeparateProgram
 from hydro_trials.fusion.streams import derive_seed, make_batch
+from hydro_trials.samples import call_model
 from hydro_trials.study import Data, Study
 from hydro_trials.surrogate import Surrogate, check_readouts
 

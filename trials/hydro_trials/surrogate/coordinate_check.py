@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from hydro_slurm.errors import SurrogateError
 from hydro_trials.fusion.trainer import FusedTrainer
 from hydro_trials.hyperparameters import known_hyperparameters, resolve_hyperparameters
+from hydro_trials.samples import first
 from hydro_trials.schedules import SCHEDULE_DEFAULTS
 from hydro_trials.study import Categorical, Data, Study
 from hydro_trials.surrogate.outputs import OWN, SCORES, OutputRecorder
@@ -269,7 +270,7 @@ def _measure(
     for seed in range(num_seeds):
         trainer.admit(seed, seed, values)
     recorder = OutputRecorder(surrogate.make(0), readouts)
-    x_B = data.valid[0][: study.batch_size]
+    x_B = first(data.valid[0], study.batch_size)
     states = [trainer.state(seed) for seed in range(num_seeds)]
     before, inputs = [], []
     for state in states:

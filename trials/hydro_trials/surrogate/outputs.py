@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydro_trials.fusion import LaneState
+from hydro_trials.samples import call_model
 
 SCORES = "attention scores"
 INPUT = "input"
@@ -54,7 +55,8 @@ class OutputRecorder:
         """Outputs by module name in the order in which they were computed, for one lane."""
         self._outputs, self._stack, self._made = {}, [], []
         with torch.no_grad(), _Scores(self):
-            functional_call(self._module, {**state.parameters, **state.buffers}, (x_B,))
+            tensors = {**state.parameters, **state.buffers}
+            call_model(lambda *args, **kwargs: functional_call(self._module, tensors, args, kwargs), x_B)
         return self._outputs
 
     @property

@@ -11,6 +11,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from torch import Size
 
 from hydro_slurm.errors import SurrogateError
+from hydro_trials.samples import call_model, first
 from hydro_trials.study import Data, Study
 from hydro_trials.study_file import describe_error
 from hydro_trials.surrogate.coordinate_check import CoordinateCheck, check_coordinates
@@ -139,7 +140,7 @@ def _run_forward(surrogate: Surrogate, data: Data) -> None:
     module = surrogate.make(0).eval()
     with torch.no_grad(), module_names(module) as names:
         try:
-            module(data.train[0][:2])
+            call_model(module, first(data.train[0], 2))
         except Exception as error:
             raise SurrogateError(
                 f"module {names[-1] or 'of the study'} does not run at width_scale {surrogate.width_scale:g}: "

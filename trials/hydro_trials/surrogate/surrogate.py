@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hydro_slurm.errors import SurrogateError
+from hydro_trials.samples import first
 from hydro_trials.study import HuggingFace
 from hydro_trials.surrogate.attention import scale_scores
 from hydro_trials.surrogate.classify import Classification, classify
@@ -117,7 +118,7 @@ def study_surrogate(study: Study, width_scale: float, data: Data, *, redraw: boo
         width_scale,
         study.optimizer,
         parameter_kinds=study.parameter_kinds,
-        example=data.train[0][:2],
+        example=first(data.train[0], 2),
         scale_decay=study.scale_decay,
         redraw=redraw,
     )
@@ -129,7 +130,7 @@ def standard_surrogate(study: Study, width_scale: float, data: Data) -> Surrogat
     Raises:
         SurrogateError: The model cannot be built at that width.
     """
-    factory = as_factory(study.build, data.train[0][:2], own_weights=width_scale == 1)
+    factory = as_factory(study.build, first(data.train[0], 2), own_weights=width_scale == 1)
     narrow = build_seeded(factory, 1 / width_scale, REFERENCE_SEED)
     classification = classify(narrow, narrow, 1.0)
     return Surrogate(factory, width_scale, classification, ratio_rules(classification.parameters, study.optimizer), {})
@@ -159,6 +160,11 @@ def as_factory(
 
         if example is None:
             raise SurrogateError("a module without a factory is shrunk by tracing it: give example inputs")
+        if not isinstance(example, Tensor):
+            raise SurrogateError(
+                f"got a module with inputs in a {type(example).__name__}: only a module with one input can be traced; "
+                "give a function build(width), or width_scale 1"
+            )
         return TracedFactory(build, example)
     return build
 
