@@ -34,7 +34,11 @@ class LanePlan:
 
     @classmethod
     def of(cls, make_trainer: Callable[[], FusedTrainer], spec: BundleSpec) -> LanePlan:
-        """By the study's profile of this model on this device; without one, measure for a moment and leave it there."""
+        """By the study's profile of this model on this device.
+
+        Without one, a bundle in the study's own allocation measures for a moment and leaves the profile there. In a
+        host's bubbles nothing is measured, because no gate cuts that into quanta: lanes are run the general way.
+        """
         directory = Path(spec.study_dir) / "profiles"
         trainer = make_trainer()
         path = directory / f"{profile_key(trainer)}.json"
@@ -44,6 +48,8 @@ class LanePlan:
             pass
         except (FormatError, OSError) as error:
             logger.warning("the study's profile is made anew: %s", error)
+        if spec.slot.kind == "bubble":
+            return cls(None)
         limits = Limits(
             max_lanes=spec.max_lanes,
             cap_bytes=spec.memory_cap_bytes,
